@@ -1,0 +1,57 @@
+"""Train what lies in `data/`: the digits tokenizer, the digit features, the finetuned decoders, and the stored results.
+
+    python scripts/make_data.py                     everything, about half an hour on two CPU cores
+    python scripts/make_data.py --stages tokenizer  one stage
+    python scripts/make_data.py --out DIR --scale 0.01   a tiny rehearsal elsewhere
+"""
+import argparse
+from pathlib import Path
+
+from spherical_lfm import tokenizers as tk
+
+
+def scaled(steps: int, scale: float) -> int:
+    "Number of steps at a fraction of the full training."
+    return max(2, round(steps*scale))
+
+
+def tokenizer(out: Path, scale: float):
+    "The vanilla digits autoencoder, standardised."
+    tk.train_digits_tokenizer(steps=scaled(1500, scale)).save_pretrained(out/'digits'/'vanilla')
+
+
+def features(out: Path, scale: float):
+    "The digit classifier whose features serve as semantic distance and as the extractor for FID."
+    from spherical_lfm.probes import train_digit_features
+    train_digit_features(steps=scaled(1500, scale)).save_pretrained(out/'digits'/'features')
+
+
+def decoders(out: Path, scale: float):
+    "The decoder behind the projection, and the equally finetuned vanilla control."
+    from spherical_lfm.decoder import FinetuneConfig, finetune_decoder
+    images, _ = tk.digits_images('train')
+    for name, spherical in (('spherical', True), ('control', False)):
+        start = tk.load_tokenizer(out/'digits'/'vanilla', spherical=spherical)
+        config = FinetuneConfig(steps=scaled(1500, scale), batch_size=64, lr=5e-4, discriminator_start=scaled(750, scale),
+                                perceptual='none')
+        tuned, _ = finetune_decoder(start, images, config)
+        tuned.save_pretrained(out/'digits'/name)
+
+
+def results(out: Path, scale: float):
+    "The matched comparison of the four arms over three seeds."
+    from spherical_lfm.experiments import seeds_study
+    seeds_study(out/'results'/'digits_comparison.json', steps_scale=scale)
+
+
+STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results)}
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--out', type=Path, default=Path(__file__).resolve().parent.parent/'data', help='folder to write to')
+    parser.add_argument('--scale', type=float, default=1., help='fraction of the full number of steps')
+    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES), help='which parts, in this order')
+    args = parser.parse_args()
+    for stage in args.stages:
+        print(f'stage {stage}', flush=True)
+        STAGES[stage](args.out, args.scale)
