@@ -296,12 +296,13 @@ def _own_transform(model: nn.Module) -> LatentTransform:
         return LatentTransform(pack=2, mean=model.bn.running_mean.tolist(), std=(model.bn.running_var + eps).sqrt().tolist(), unpack=True)
     return LatentTransform(scale=model.config.get('scaling_factor') or 1., shift=model.config.get('shift_factor') or 0.)
 
-# %% ../nbs/02_tokenizers.ipynb #ce4e0525
+# %% ../nbs/02_tokenizers.ipynb #2f47fa1b
 DATA = _data_folder()
 
 #: Names that `load_tokenizer` knows: folders that ship with the package, and (repository, subfolder) on the Hugging Face hub.
 TOKENIZERS = {
-    'digits': DATA/'digits',
+    'digits': DATA/'digits', # /vanilla or /spherical
+    'digits-control': DATA/'digits'/'control',
     'sd': ('stabilityai/sd-vae-ft-ema', None),
     'repae-flux1': ('REPA-E/e2e-flux-vae', None),
     'flux2': ('black-forest-labs/FLUX.2-dev', 'vae'),
