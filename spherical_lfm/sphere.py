@@ -219,7 +219,7 @@ def log_map(
     "Tangent vector at `z` whose exponential map is `w`; antipodal tokens follow the rule of `geodesic`."
     return geodesic(z, w, 0., dim)[1]
 
-# %% ../nbs/00_sphere.ipynb #8fa4031f
+# %% ../nbs/00_sphere.ipynb #a00d389c
 def transport(
     z: Tensor,   # start, tokens along `dim`
     w: Tensor,   # end, same token lengths
@@ -232,7 +232,11 @@ def transport(
     z, w, v, out = _lift(z, w, v)
     frame, _, radius = _rhombus(z, w, dim)
     middle = _blend(frame, *_weights(frame, torch.ones_like(radius), torch.zeros_like(radius)), _axis(z, dim) == frame[5])
-    return (v - 2*(v*middle).sum(dim, keepdim=True)*middle).to(out)
+    # <v, m> = <v, w> for tangent v; near the antipode its rounding is divided by a small |m|, so it is summed in float64 (where there is one)
+    wide = torch.float32 if v.device.type == 'mps' else torch.float64
+    overlap = (v.to(wide)*w.to(wide)).sum(dim, keepdim=True).to(v.dtype)
+    share = torch.where(frame[4], (v*middle).sum(dim, keepdim=True), overlap/frame[3])
+    return (v - 2*share*middle).to(out)
 
 # %% ../nbs/00_sphere.ipynb #de9d0fd5
 def sample_sphere(
