@@ -70,6 +70,13 @@ def title_of(notebook) -> str:
     return next(line.removeprefix('# ') for c in notebook.cells if c.cell_type == 'markdown' for line in c.source.splitlines() if line.startswith('# '))
 
 
+def documentation(cell):
+    "A `show_doc` cell as the text it printed, without Pandoc attributes; any other cell as it is."
+    if cell.cell_type != 'code' or 'show_doc(' not in cell.source: return cell
+    text = ''.join(o.data.get('text/markdown', '') for o in cell.outputs if 'data' in o)
+    return nbformat.v4.new_markdown_cell(re.sub(r'\{(target|\.)[^}]*\}', '', text))
+
+
 def build():
     "Render every processed notebook into a page."
     processed = proc_nbs(n_workers=0, force=True)
@@ -84,12 +91,11 @@ def build():
     index = sorted([k, v] for k, v in known.items()) + [[titles[s], address[s]] for s in order]
     for stem in order:
         notebook = nbformat.read(processed/f'{stem}.ipynb', 4)
-        notebook.cells = [c for c in notebook.cells if c.cell_type != 'raw']
+        front = next(c.source for c in sources[stem].cells if c.cell_type == 'markdown') # nbdev turns title and description into front matter
+        notebook.cells = [nbformat.v4.new_markdown_cell(front), *(documentation(c) for c in notebook.cells if c.cell_type != 'raw')]
         for cell in notebook.cells:
             cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
             if cell.cell_type == 'markdown': cell.source = with_mathml(cell.source)
-            for output in cell.get('outputs', []):
-                if 'text/markdown' in output.get('data', {}): output.data = {'text/markdown': output.data['text/markdown']}
         body, _ = exporter.from_notebook_node(notebook)
         for other, url in address.items(): body = body.replace(f'href="{other}.ipynb"', f'href="{url}"')
         body = link_symbols(body, known, address[stem])

@@ -6,7 +6,7 @@
 __all__ = ['command', 'slfm_compare', 'slfm_demo', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'time_ratio',
            'slfm_bench']
 
-# %% ../nbs/12_cli.ipynb #b0cc36e2
+# %% ../nbs/12_cli.ipynb #16355d26
 import functools
 import json
 import statistics
@@ -28,7 +28,7 @@ from .sphere import project
 from .tokenizers import atomic_write, load_tokenizer, show_images, write_json
 from .training import TrainConfig, Trainer
 
-# %% ../nbs/12_cli.ipynb #98f96985
+# %% ../nbs/12_cli.ipynb #133a0885
 def command(
     work: Callable # a function with documented parameters
 ) -> Callable: # takes a list of arguments; None means those of the process
@@ -44,7 +44,7 @@ def command(
         except KeyboardInterrupt: sys.exit(130)
     return run
 
-# %% ../nbs/12_cli.ipynb #cd134429
+# %% ../nbs/12_cli.ipynb #ef8e00a5
 def _device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def _arms(names: str) -> tuple:
@@ -60,7 +60,7 @@ def _print_report(report: dict, out: str):
         print(f'{arm:>17}: FID {r["fid"]:.2f}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
     print(f'pictures and details: {Path(out)/"report.html"}')
 
-# %% ../nbs/12_cli.ipynb #a8b7e401
+# %% ../nbs/12_cli.ipynb #b4abe6d0
 @command
 def slfm_compare(
     preset: str = 'digits',                        # which experiment
@@ -87,7 +87,7 @@ def slfm_demo(
             with atomic_write(folder) as tmp: LatentFlowPipeline.from_run(Path(out)/arm, tokenizer=decoder_name(get_preset('digits'), arm)).save_pretrained(tmp)
     _print_report(report, out)
 
-# %% ../nbs/12_cli.ipynb #c87697b6
+# %% ../nbs/12_cli.ipynb #944c1bf7
 @command
 def slfm_encode(
     tokenizer: str,          # a name or a diffusers autoencoder folder
@@ -170,7 +170,7 @@ def slfm_evaluate(
     if out: write_json(out, figures)
     print(json.dumps(figures, indent=1))
 
-# %% ../nbs/12_cli.ipynb #8c65ddde
+# %% ../nbs/12_cli.ipynb #3295595d
 def time_ratio(
     numerator: Callable,   # what is judged
     denominator: Callable, # against what

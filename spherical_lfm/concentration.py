@@ -6,7 +6,7 @@
 __all__ = ['chi_mean', 'chi_variance', 'shell_tail_bound', 'norm_stats', 'plot_norms', 'path_norms', 'radial_share',
            'chord_radial_share', 'chord_excursion', 'isotropic_pair', 'plot_radial_share', 'plot_path_norms']
 
-# %% ../nbs/01_concentration.ipynb #44a66e1e
+# %% ../nbs/01_concentration.ipynb #1fcc3b52
 import math
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .sphere import token_norm
 
-# %% ../nbs/01_concentration.ipynb #19b47b69
+# %% ../nbs/01_concentration.ipynb #f221c25e
 def chi_mean(
     d: int # dimensions
 ) -> float: # E|e|
@@ -36,7 +36,7 @@ def shell_tail_bound(
     "Concentration bound: a standard normal vector leaves the shell of half-width `width` with probability at most 2 exp(-width^2/2) for width >= 1."
     return min(1., 2*math.exp(-max(0., width - (math.sqrt(d) - chi_mean(d)))**2/2))
 
-# %% ../nbs/01_concentration.ipynb #04f04a50
+# %% ../nbs/01_concentration.ipynb #afb67161
 def norm_stats(
     z: Tensor,   # latents [B, d, h, w] (or any shape with tokens along `dim`)
     dim: int = 1 # the token axis
@@ -49,7 +49,7 @@ def norm_stats(
     return {'d': d, 'count': r.numel(), 'mean': mean, 'std': std, 'cv': std/mean if mean else math.nan,
             'mean_over_sqrt_d': mean/math.sqrt(d), 'min': r.min().item(), 'max': r.max().item()}
 
-# %% ../nbs/01_concentration.ipynb #b5307c0f
+# %% ../nbs/01_concentration.ipynb #bec96883
 def plot_norms(
     latents: dict,  # name -> latents [B, d, h, w], all of one d
     ax=None         # matplotlib axes; None makes a figure
@@ -67,7 +67,7 @@ def plot_norms(
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/01_concentration.ipynb #3ee63516
+# %% ../nbs/01_concentration.ipynb #efa2c304
 def path_norms(
     interpolate: Callable, # (z0, z1, t [B]) -> (z_t, v_t), as the paths of chapter 05
     z0: Tensor,            # noise [B, d, h, w]
@@ -95,7 +95,7 @@ def radial_share(
     power = v.square().sum(dim).mean()
     return (radial.square().mean()/power).item() if power > 0 else 0.
 
-# %% ../nbs/01_concentration.ipynb #b7cc2308
+# %% ../nbs/01_concentration.ipynb #319cca6d
 def chord_radial_share(
     t: Tensor | float, # times in [0, 1]
     r0: float = 1.,    # radius of the noise
@@ -105,7 +105,7 @@ def chord_radial_share(
     t = torch.as_tensor(t, dtype=torch.float64)
     return (t*r1**2 - (1 - t)*r0**2)**2/(((1 - t)**2*r0**2 + t**2*r1**2)*(r0**2 + r1**2))
 
-# %% ../nbs/01_concentration.ipynb #f5cba430
+# %% ../nbs/01_concentration.ipynb #790b847f
 def chord_excursion(
     norms: Tensor,             # mean token length along the path [n]
     shells: tuple[tuple, tuple] # (mean, std) of the token lengths of noise and of data
@@ -125,7 +125,7 @@ def isotropic_pair(
     noise, direction, length = (torch.randn(count, n, 1, 1, generator=g, dtype=torch.float64) for n in (d, d, 1))
     return noise, direction/token_norm(direction, keepdim=True)*(radius*math.sqrt(d)*(1 + cv*length)).clamp_min(1e-3)
 
-# %% ../nbs/01_concentration.ipynb #be60ed7b
+# %% ../nbs/01_concentration.ipynb #1c168ab3
 def plot_radial_share(
     curves: dict,              # name -> (times [n], radial share [n])
     radii: tuple | None = None,# (r0, r1): draw the closed form of the chord as well

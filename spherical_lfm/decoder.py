@@ -6,7 +6,7 @@
 __all__ = ['PatchDiscriminator', 'critic_loss', 'adaptive_weight', 'FinetuneConfig', 'finetune_decoder', 'frechet_distance',
            'ssim', 'reconstruction_metrics']
 
-# %% ../nbs/04_decoder.ipynb #29ebfc81
+# %% ../nbs/04_decoder.ipynb #a86dcaa3
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .probes import load_digit_features, lpips_distance
 from .tokenizers import DATA, Tokenizer, digits_images, load_tokenizer, psnr, show_images
 
-# %% ../nbs/04_decoder.ipynb #c9c3ceba
+# %% ../nbs/04_decoder.ipynb #e3c74b07
 class PatchDiscriminator(nn.Sequential):
     "PatchGAN critic: strided 4x4 convolutions, one score per patch; images [B, 3, H, W] -> [B, 1, h, w]."
     def __init__(self,
@@ -41,7 +41,7 @@ def critic_loss(
     "Hinge loss of the critic: pushes real scores above 1 and others below -1."
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean())/2
 
-# %% ../nbs/04_decoder.ipynb #fb490b84
+# %% ../nbs/04_decoder.ipynb #d01b6248
 def adaptive_weight(
     reconstruction: Tensor, # scalar loss
     adversarial: Tensor,    # scalar loss
@@ -51,7 +51,7 @@ def adaptive_weight(
     norm = lambda loss: torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
     return (norm(reconstruction)/(norm(adversarial) + 1e-4)).clamp(0, 1e4).detach()
 
-# %% ../nbs/04_decoder.ipynb #0742efec
+# %% ../nbs/04_decoder.ipynb #7bab5d4b
 @dataclass
 class FinetuneConfig:
     "How a decoder is finetuned."
@@ -68,7 +68,7 @@ class FinetuneConfig:
     discriminator_layers: int = 2   # strided layers
     seed: int = 0                   # of the critic and the order of images
 
-# %% ../nbs/04_decoder.ipynb #0982a02e
+# %% ../nbs/04_decoder.ipynb #82c085af
 def finetune_decoder(
     tokenizer: Tokenizer,                  # start; its `spherical` decides whether tokens are projected
     images: Tensor,                        # [N, 3, H, W] in [-1, 1]
@@ -115,7 +115,7 @@ def finetune_decoder(
         for p, e in zip(weights, ema): p.copy_(e)
     return tuned.eval().requires_grad_(False), history
 
-# %% ../nbs/04_decoder.ipynb #c45de2c6
+# %% ../nbs/04_decoder.ipynb #30b610eb
 def frechet_distance(
     features_a: Tensor, # [N, f]
     features_b: Tensor  # [M, f]
@@ -146,7 +146,7 @@ def ssim(
     s = (2*ma*mb + .01**2)*(2*cov + .03**2)/((ma**2 + mb**2 + .01**2)*(va + vb + .03**2))
     return s.mean((1, 2, 3))
 
-# %% ../nbs/04_decoder.ipynb #6f5630d0
+# %% ../nbs/04_decoder.ipynb #91e6e09e
 @torch.no_grad()
 def reconstruction_metrics(
     tokenizer: Tokenizer,                # what to measure

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'TIMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name', 'score', 'run_arm',
            'prepare_latents', 'compare', 'plot_fid_curves', 'report_html', 'seeds_study']
 
-# %% ../nbs/11_experiments.ipynb #d80c3645
+# %% ../nbs/11_experiments.ipynb #baf51b75
 import base64
 import html
 import importlib.metadata
@@ -33,7 +33,7 @@ from .sphere import project
 from .tokenizers import DATA, Tokenizer, atomic_write, digits_images, load_tokenizer, show_images, write_json
 from .training import TrainConfig, Trainer, checkpoints
 
-# %% ../nbs/11_experiments.ipynb #b3ada226
+# %% ../nbs/11_experiments.ipynb #7d11782f
 @dataclass
 class Preset:
     "An experiment: data, tokenizer, training and evaluation. `train` overrides fields of `TrainConfig`."
@@ -67,7 +67,7 @@ def get_preset(
     if name not in PRESETS: raise ValueError(f'unknown preset {name!r}: choose one of {", ".join(PRESETS)}')
     return PRESETS[name]
 
-# %% ../nbs/11_experiments.ipynb #ad861ac9
+# %% ../nbs/11_experiments.ipynb #89ef4657
 def environment(
     seeds: list[int] | None = None # seeds of the experiment
 ) -> dict: # JSON-ready
@@ -81,7 +81,7 @@ def environment(
             'device': torch.cuda.get_device_name() if cuda else f'cpu ({torch.get_num_threads()} threads)', 'commit': commit,
             'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
 
-# %% ../nbs/11_experiments.ipynb #b0c596cb
+# %% ../nbs/11_experiments.ipynb #fd313cfb
 TIMES = torch.linspace(0, 1, 33)
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def geometry(
               'swap': {k: swaps[k]['pixel'].mean().item() for k in ('radius', 'direction', 'full')}}
     return {'report': report, 'latents': z1, 'noise': noise, 'curves': curves, 'swaps': swaps}
 
-# %% ../nbs/11_experiments.ipynb #97a5a11e
+# %% ../nbs/11_experiments.ipynb #39001a44
 def decoder_name(
     preset: Preset, # the experiment
     arm: str        # a key of `ARMS`
@@ -137,7 +137,7 @@ def score(
     figures['protocol'] |= {'solver': preset.method, 'solver_steps': preset.sample_steps, 'guidance': preset.guidance, 'decoder': decoder_name(preset, arm), 'seed': seed}
     return figures, out[:40]
 
-# %% ../nbs/11_experiments.ipynb #2af75832
+# %% ../nbs/11_experiments.ipynb #9a95432a
 def run_arm(
     preset: Preset,             # the experiment
     arm: str,                   # a key of `ARMS`
@@ -172,7 +172,7 @@ def run_arm(
     return {'fid': figures['fid'], 'accuracy': figures.get('accuracy'), 'final_loss': result['final_loss'], 'steps': config.steps, 'seconds': result['seconds'],
             'curve': [{'step': int(s), 'fid': f} for s, f in kept['curve'].items()], 'protocol': figures['protocol']}
 
-# %% ../nbs/11_experiments.ipynb #8ad95238
+# %% ../nbs/11_experiments.ipynb #b9ad8b8c
 def prepare_latents(
     preset: Preset,            # which tokenizer
     source: ImageSource,       # images
@@ -208,7 +208,7 @@ def compare(
     with atomic_write(out/'report.html') as f: f.write_text(report_html(report, found, tokenizer, reference, out))
     return report
 
-# %% ../nbs/11_experiments.ipynb #f3213e9b
+# %% ../nbs/11_experiments.ipynb #65a8530e
 def _reference(source: ImageSource, limit: int) -> tuple[Tensor, Tensor]:
     "Real images and labels, at most `limit`."
     images, labels = [], []
@@ -218,7 +218,7 @@ def _reference(source: ImageSource, limit: int) -> tuple[Tensor, Tensor]:
         if len(images) == limit: break
     return torch.stack(images), torch.tensor(labels)
 
-# %% ../nbs/11_experiments.ipynb #5530d711
+# %% ../nbs/11_experiments.ipynb #2a611aee
 _STYLE = ('body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}'
           'td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}figure{margin:2rem 0}figcaption{color:#555}'
           'code{background:#f4f4f4;padding:.1rem .3rem}')
@@ -231,7 +231,7 @@ def _picture(fig, caption: str) -> str:
     plt.close(fig)
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/11_experiments.ipynb #01a3d016
+# %% ../nbs/11_experiments.ipynb #0b643ce5
 def plot_fid_curves(
     rows: dict,   # arm -> {'curve': [{'step', 'fid'}]}
     ax=None       # matplotlib axes; None makes a figure
@@ -285,7 +285,7 @@ Swapping lengths moves a decoded image by {g["swap"]["radius"]:.3f}, directions 
 {"".join(pictures)}
 <h2>Environment</h2><p>{html.escape(env["device"])}; commit {html.escape(str(env["commit"]))}; seeds {env["seeds"]}; {html.escape(versions)}; <code>{html.escape(env["command"])}</code></p></html>'''
 
-# %% ../nbs/11_experiments.ipynb #51d105ad
+# %% ../nbs/11_experiments.ipynb #42fd26b8
 def seeds_study(
     path: str | Path,            # the JSON file to write
     seeds: tuple = (0, 1, 2),    # seeds of training and sampling

@@ -6,7 +6,7 @@
 __all__ = ['EXTRACTORS', 'to_uint8', 'DigitExtractor', 'extract_features', 'save_reference', 'reference_distance', 'evaluate',
            'frechet_distance']
 
-# %% ../nbs/10_fidelity.ipynb #ab7a5c2f
+# %% ../nbs/10_fidelity.ipynb #4096f35e
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,10 @@ from .decoder import frechet_distance
 from .probes import load_digit_features
 from .tokenizers import atomic_write, digits_images, load_tokenizer, show_images
 
-# %% ../nbs/10_fidelity.ipynb #d5027b57
+# %% ../nbs/10_fidelity.ipynb #f2782899
 _all_ = ['frechet_distance']
 
-# %% ../nbs/10_fidelity.ipynb #87a61062
+# %% ../nbs/10_fidelity.ipynb #4510e455
 def to_uint8(
     images: Tensor # [N, 3, H, W] in [-1, 1]
 ) -> Tensor: # uint8 [N, 3, H, W] in 0..255
@@ -56,7 +56,7 @@ class DigitExtractor(FeatureExtractorBase):
         known = {'features': f, 'logits': self.net.head(f)}
         return tuple(known[k] for k in self.features_list)
 
-# %% ../nbs/10_fidelity.ipynb #de36cfff
+# %% ../nbs/10_fidelity.ipynb #c0d0634c
 #: Names for `evaluate` -> torch-fidelity's registry name, layer for FID, and what happens to the size of an image.
 EXTRACTORS = {
     'inception': ('inception-v3-compat', '2048', 'bilinear to 299 px inside the extractor, as in the original FID code'),
@@ -64,7 +64,7 @@ EXTRACTORS = {
 }
 if 'slfm-digits' not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor('slfm-digits', DigitExtractor)
 
-# %% ../nbs/10_fidelity.ipynb #baaa632c
+# %% ../nbs/10_fidelity.ipynb #76c79e67
 class _Images(Dataset):
     "uint8 images as torch-fidelity wants them."
     def __init__(self, images): self.images = images
@@ -83,7 +83,7 @@ def _reach(name: str, work):
         if name != 'inception' or isinstance(e, torch.OutOfMemoryError): raise
         raise ConnectionError(f'the Inception weights could not be loaded ({e}): connect to the network once, or choose another extractor') from e
 
-# %% ../nbs/10_fidelity.ipynb #c16315f4
+# %% ../nbs/10_fidelity.ipynb #2b4cdf48
 def extract_features(
     images: Tensor,                 # [N, 3, H, W] in [-1, 1]
     extractor: str = 'inception',   # a key of `EXTRACTORS`
@@ -95,7 +95,7 @@ def extract_features(
     net = _reach(extractor, lambda: create_feature_extractor(name, [layer], cuda=cuda, verbose=False))
     return get_featuresdict_from_dataset(_Images(to_uint8(images)), net, batch_size, cuda, True, False)[layer]
 
-# %% ../nbs/10_fidelity.ipynb #7217e02f
+# %% ../nbs/10_fidelity.ipynb #10db859b
 def save_reference(
     features: Tensor,  # [N, f]
     path: str | Path   # an .npz file
@@ -118,7 +118,7 @@ def reference_distance(
     if stored['mu'].shape != (f.shape[1],): raise ValueError(f'{path} has {stored["mu"].shape} features, the samples have {f.shape[1]}: another extractor?')
     return fid_statistics_to_metric({'mu': f.mean(0), 'sigma': np.cov(f, rowvar=False)}, stored, False)[KEY_METRIC_FID]
 
-# %% ../nbs/10_fidelity.ipynb #06f79b3f
+# %% ../nbs/10_fidelity.ipynb #d70cb3cc
 def evaluate(
     samples: Tensor,                 # [N, 3, H, W] in [-1, 1]
     reference: Tensor,               # [M, 3, H, W] in [-1, 1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_tensor', 'ImageSource', 'encode_latents', 'LatentDataset']
 
-# %% ../nbs/06_latents.ipynb #86761d61
+# %% ../nbs/06_latents.ipynb #c0c59967
 import hashlib
 import io
 import json
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .sphere import check_tokens, project
 from .tokenizers import Tokenizer, atomic_write, digits_images, load_tokenizer, write_json
 
-# %% ../nbs/06_latents.ipynb #575cfc09
+# %% ../nbs/06_latents.ipynb #9c0abf6f
 def to_tensor(
     image: Image.Image,       # any mode
     size: int                 # side of the result in pixels
@@ -41,7 +41,7 @@ def to_tensor(
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return pil_to_tensor(image).float()/127.5 - 1
 
-# %% ../nbs/06_latents.ipynb #db974fa3
+# %% ../nbs/06_latents.ipynb #8420b48b
 class ImageSource:
     "A stream of `(image [3, size, size] in [-1, 1], label)` from digits, a folder, a parquet file or the hub; unreadable images are skipped and kept in `.skipped`."
     def __init__(self,
@@ -91,7 +91,7 @@ class ImageSource:
                 images, labels = [], []
         if images: yield torch.stack(images), torch.tensor(labels)
 
-# %% ../nbs/06_latents.ipynb #1d55d2ac
+# %% ../nbs/06_latents.ipynb #9d3d2170
 @torch.no_grad()
 def encode_latents(
     tokenizer: Tokenizer,      # its device does the work; projection is left to the reader
@@ -132,11 +132,11 @@ def encode_latents(
     finally: tokenizer.spherical = spherical
     return index
 
-# %% ../nbs/06_latents.ipynb #fef6a206
+# %% ../nbs/06_latents.ipynb #d074622c
 def _sha256(path: Path) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
 
-# %% ../nbs/06_latents.ipynb #042c9e9d
+# %% ../nbs/06_latents.ipynb #fa4486eb
 class LatentDataset:
     "Cached latents in memory: `batch(indices, flips)` gives `(z [B, d, h, w] float32, y [B])`."
     def __init__(self,

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ARMS', 'Path', 'LinearPath', 'ShellPath', 'SlerpPath', 'arm_path']
 
-# %% ../nbs/05_paths.ipynb #fc3d79d5
+# %% ../nbs/05_paths.ipynb #23f8bd20
 import torch
 from torch import Tensor
 
 from . import sphere
 
-# %% ../nbs/05_paths.ipynb #23986666
+# %% ../nbs/05_paths.ipynb #242b118c
 class Path:
     "What a flow needs to know about its route: `prior`, `interpolate`, `tangent`, `step` (and `transport`). Stateless."
     spherical = False #: whether noise and data lie on the sphere of radius sqrt(d)
@@ -59,14 +59,14 @@ class Path:
 
     def __repr__(self): return f'{type(self).__name__}({"spherical=True" if self.spherical else ""})'
 
-# %% ../nbs/05_paths.ipynb #e0834d76
+# %% ../nbs/05_paths.ipynb #7306d657
 def _endpoints(z0: Tensor, z1: Tensor, t: Tensor) -> Tensor:
     "Times shaped [B, 1, 1, 1] after checking that shapes agree."
     if z0.shape != z1.shape or z0.ndim != 4: raise ValueError(f'noise and data must share a shape [B, d, h, w], got {tuple(z0.shape)} and {tuple(z1.shape)}')
     if t.shape != z0.shape[:1]: raise ValueError(f'times must be [B] = [{len(z0)}], got shape {tuple(t.shape)}')
     return t.view(-1, 1, 1, 1)
 
-# %% ../nbs/05_paths.ipynb #6f26c57d
+# %% ../nbs/05_paths.ipynb #1f58fda6
 class LinearPath(Path):
     "Straight chord from Gaussian noise (or, with `spherical=True`, from the sphere) to data."
     def __init__(self,
@@ -82,7 +82,7 @@ class LinearPath(Path):
         t = _endpoints(z0, z1, t)
         return (1 - t)*z0 + t*z1, z1 - z0
 
-# %% ../nbs/05_paths.ipynb #27446a26
+# %% ../nbs/05_paths.ipynb #939b2878
 class ShellPath(Path):
     "Direction by slerp, length linearly; Gaussian noise, data of any length."
     def interpolate(self,
@@ -97,7 +97,7 @@ class ShellPath(Path):
         r = (1 - s)*r0 + s*r1
         return r*u, (r1 - r0)*u + r*du
 
-# %% ../nbs/05_paths.ipynb #40cf6545
+# %% ../nbs/05_paths.ipynb #34487bf8
 class SlerpPath(Path):
     "Great circle from uniform noise to data on the sphere of radius sqrt(d)."
     spherical = True
@@ -134,7 +134,7 @@ class SlerpPath(Path):
         "Parallel transport along the arc from `z` to `w`."
         return sphere.transport(z, w, sphere.tangent(z, v))
 
-# %% ../nbs/05_paths.ipynb #36f50c5c
+# %% ../nbs/05_paths.ipynb #562d6672
 ARMS = {
     'vanilla-linear': LinearPath(),
     'vanilla-shell': ShellPath(),

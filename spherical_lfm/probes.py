@@ -7,7 +7,7 @@ __all__ = ['SWAPS', 'swap_radius', 'swap_direction', 'mean_radius', 'mean_direct
            'lpips_distance', 'feature_distance', 'DigitFeatures', 'train_digit_features', 'load_digit_features',
            'probe_swaps', 'bootstrap_interval', 'plot_swaps', 'swap_strip']
 
-# %% ../nbs/03_probes.ipynb #e5f13156
+# %% ../nbs/03_probes.ipynb #005d36de
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .sphere import project, token_norm
 from .tokenizers import DATA, Tokenizer, atomic_write, digits_images, load_tokenizer, show_images
 
-# %% ../nbs/03_probes.ipynb #288ab5da
+# %% ../nbs/03_probes.ipynb #5f6d4873
 def swap_radius(
     a: Tensor,    # anchors [B, d, h, w]
     b: Tensor,    # partners, same shape
@@ -39,7 +39,7 @@ def swap_direction(
     "Anchors with the token directions of their partners: their lengths on the partners' directions."
     return swap_radius(b, a, dim)
 
-# %% ../nbs/03_probes.ipynb #44315fd2
+# %% ../nbs/03_probes.ipynb #c97554d0
 def mean_radius(
     z: Tensor # latents [N, d, h, w]
 ) -> Tensor: # r̄ z/|z|, same shape
@@ -65,7 +65,7 @@ def same_class_partners(
         partner[order] = order.roll(1)
     return partner
 
-# %% ../nbs/03_probes.ipynb #cfd24047
+# %% ../nbs/03_probes.ipynb #0aaa000e
 def pixel_distance(
     a: Tensor, # images [B, 3, H, W] in [-1, 1]
     b: Tensor  # same shape
@@ -90,7 +90,7 @@ def feature_distance(
     "One minus the cosine between features: a semantic distance."
     return lambda a, b: 1 - F.cosine_similarity(features(a), features(b))
 
-# %% ../nbs/03_probes.ipynb #90d89213
+# %% ../nbs/03_probes.ipynb #235601b6
 class DigitFeatures(ModelMixin, ConfigMixin):
     "Convolutional digit classifier: 64 features and 10 logits from images [B, 3, 16, 16] in [-1, 1]."
     @register_to_config
@@ -112,7 +112,7 @@ class DigitFeatures(ModelMixin, ConfigMixin):
         "Class scores."
         return self.head(self(images))
 
-# %% ../nbs/03_probes.ipynb #618e98ab
+# %% ../nbs/03_probes.ipynb #2cd6b3bf
 def train_digit_features(
     steps: int = 1500,       # optimisation steps of 128 images
     seed: int = 0,           # of initialisation, data order and shifts
@@ -142,7 +142,7 @@ def load_digit_features(
     "The stored digit classifier."
     return DigitFeatures.from_pretrained(folder).eval().requires_grad_(False)
 
-# %% ../nbs/03_probes.ipynb #e93a51c7
+# %% ../nbs/03_probes.ipynb #ca6e0a80
 SWAPS = {
     'radius': lambda z, partner: swap_radius(z, z[partner]),
     'direction': lambda z, partner: swap_direction(z, z[partner]),
@@ -172,7 +172,7 @@ def probe_swaps(
         result[name] = {k: d(anchor, hybrid).cpu() for k, d in distances.items()}
     return result
 
-# %% ../nbs/03_probes.ipynb #fed18409
+# %% ../nbs/03_probes.ipynb #196df378
 def bootstrap_interval(
     values: Tensor,               # one number per image [N], or [N, k] for k paired numbers
     statistic: Callable = lambda v: v.mean(0), # resampled values -> number
@@ -186,7 +186,7 @@ def bootstrap_interval(
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
     return float(statistic(v)), float(low), float(high)
 
-# %% ../nbs/03_probes.ipynb #ba251fc4
+# %% ../nbs/03_probes.ipynb #5b4683f7
 def plot_swaps(
     result: dict,             # from `probe_swaps`
     distance: str = 'pixel',  # which distance

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'guided_velocity', 'euler', 'heun', 'sample', 'load_run', 'tokenizer_for', 'FlowSchedulerOutput',
            'FlowScheduler', 'LatentFlowPipeline']
 
-# %% ../nbs/09_sampling.ipynb #80f8639f
+# %% ../nbs/09_sampling.ipynb #e75f17ef
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .sphere import check_tokens, geodesic, project, token_norm
 from .tokenizers import LatentTransform, Tokenizer, load_tokenizer
 from .training import checkpoints
 
-# %% ../nbs/09_sampling.ipynb #f978209a
+# %% ../nbs/09_sampling.ipynb #3a2f001f
 def guided_velocity(
     model: Callable,          # (z, t, y) -> velocity
     path: FlowPath,           # decides which part counts
@@ -46,7 +46,7 @@ def guided_velocity(
         v = without + guidance*(with_class - without)
     return path.tangent(z, v)
 
-# %% ../nbs/09_sampling.ipynb #40f59259
+# %% ../nbs/09_sampling.ipynb #6a6bc8bb
 def euler(
     field: Callable, # (z, t) -> tangential velocity
     path: FlowPath,  # how to step
@@ -71,7 +71,7 @@ def heun(
 
 METHODS = {'euler': euler, 'heun': heun}
 
-# %% ../nbs/09_sampling.ipynb #b11fc21b
+# %% ../nbs/09_sampling.ipynb #b0f97080
 @torch.no_grad()
 def sample(
     model: nn.Module,                          # a `SiT` or anything that maps (z, t, y) to a velocity
@@ -119,7 +119,7 @@ def sample(
     if training: model.train()
     return torch.cat(done) if done else noise
 
-# %% ../nbs/09_sampling.ipynb #d79a7a7f
+# %% ../nbs/09_sampling.ipynb #b44bd770
 def load_run(
     run: str | Path,                   # a run folder of the trainer
     step: int | None = None,           # which checkpoint; None means the newest
@@ -148,7 +148,7 @@ def tokenizer_for(
         raise ValueError(f'tokenizer {found.name} ({found.latent_identity}) is not the one this run was trained on ({wanted["name"]}, {wanted["latent_identity"]}): give the matching one')
     return found
 
-# %% ../nbs/09_sampling.ipynb #dc2d3421
+# %% ../nbs/09_sampling.ipynb #3fb13506
 @dataclass
 class FlowSchedulerOutput(BaseOutput):
     "Next positions [B, d, h, w]."
@@ -184,7 +184,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         z = self.path.step(sample, self.path.tangent(sample, model_output), 1/self.num_inference_steps)
         return FlowSchedulerOutput(prev_sample=z) if return_dict else (z,)
 
-# %% ../nbs/09_sampling.ipynb #612ee791
+# %% ../nbs/09_sampling.ipynb #99ef808a
 class LatentFlowPipeline(DiffusionPipeline):
     "Class-conditional images from a SiT, a path and an autoencoder."
     model_cpu_offload_seq = 'transformer->vae'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'sincos_positions', 'TimeEmbedder', 'LabelEmbedder', 'modulate', 'SiTBlock', 'FinalLayer', 'SiT']
 
-# %% ../nbs/07_sit.ipynb #232c0b10
+# %% ../nbs/07_sit.ipynb #e918d04c
 import math
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-# %% ../nbs/07_sit.ipynb #1bbd47f1
+# %% ../nbs/07_sit.ipynb #2af59a67
 def sincos_positions(
     width: int, # channels, divisible by 4
     side: int   # patches along one side
@@ -27,7 +27,7 @@ def sincos_positions(
     wave = lambda p: torch.cat([(p.flatten()[:, None]*omega).sin(), (p.flatten()[:, None]*omega).cos()], 1)
     return torch.cat([wave(column), wave(row)], 1).float()[None]
 
-# %% ../nbs/07_sit.ipynb #9b84bf1c
+# %% ../nbs/07_sit.ipynb #161b7a49
 class TimeEmbedder(nn.Module):
     "Times [B] to embeddings [B, width]: 256 waves, then a two-layer MLP."
     def __init__(self,
@@ -47,7 +47,7 @@ class TimeEmbedder(nn.Module):
         phase = t.float()[:, None]*omega
         return self.mlp(torch.cat([phase.cos(), phase.sin()], 1).to(self.mlp[0].weight.dtype))
 
-# %% ../nbs/07_sit.ipynb #8117dbce
+# %% ../nbs/07_sit.ipynb #8bdda3bf
 class LabelEmbedder(nn.Module):
     "Class indices [B] in 0..classes (the last one is the null class) to embeddings [B, width]."
     def __init__(self,
@@ -63,7 +63,7 @@ class LabelEmbedder(nn.Module):
         "Look up."
         return self.embedding_table(y)
 
-# %% ../nbs/07_sit.ipynb #1ca1e1d0
+# %% ../nbs/07_sit.ipynb #633bf338
 def modulate(
     x: Tensor,     # [B, n, width]
     shift: Tensor, # [B, width]
@@ -115,11 +115,11 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
-# %% ../nbs/07_sit.ipynb #a65651ce
+# %% ../nbs/07_sit.ipynb #ca58fba5
 #: width, depth and heads of the published sizes; `Ti` is the small one of this repository's examples.
 SIZES = {'Ti': (128, 4, 4), 'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16), 'XL': (1152, 28, 16)}
 
-# %% ../nbs/07_sit.ipynb #93361257
+# %% ../nbs/07_sit.ipynb #55d8be02
 class SiT(ModelMixin, ConfigMixin):
     "Scalable interpolant transformer: (z [B, c, s, s], t [B], y [B]) to a velocity of the shape of z."
     _supports_gradient_checkpointing = True
@@ -215,7 +215,7 @@ class SiT(ModelMixin, ConfigMixin):
         if missing or unknown: raise ValueError(f'checkpoint does not fit SiT: missing {missing[:3]}, unknown {unknown[:3]}')
         return model.eval()
 
-# %% ../nbs/07_sit.ipynb #c17a0d83
+# %% ../nbs/07_sit.ipynb #ca1a1160
 def _read_state(source: str | Path | dict) -> dict:
     "State dict from memory or from a file, opened without executing anything; the EMA weights if a training checkpoint holds several."
     if not isinstance(source, dict):

@@ -6,13 +6,13 @@
 __all__ = ['token_norm', 'project', 'check_tokens', 'tangent', 'angle', 'geodesic', 'slerp', 'slerp_velocity', 'exp_map',
            'log_map', 'transport', 'sample_sphere']
 
-# %% ../nbs/00_sphere.ipynb #6d497f94
+# %% ../nbs/00_sphere.ipynb #8e00cac8
 import math
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_sphere.ipynb #6c1bef83
+# %% ../nbs/00_sphere.ipynb #554431ba
 def _lift(*tensors):
     "Tensors in a common dtype of at least float32, and the dtype to hand back."
     for x in tensors:
@@ -37,7 +37,7 @@ def _channels(z: Tensor, dim: int):
     if z.shape[dim] < 2: raise ValueError(f'a token needs at least 2 channels, got {z.shape[dim]} along dim={dim} of {tuple(z.shape)}')
     return z.shape[dim]
 
-# %% ../nbs/00_sphere.ipynb #24c4f9cf
+# %% ../nbs/00_sphere.ipynb #0cd8ccf9
 def token_norm(
     z: Tensor,            # latents, tokens along `dim`
     dim: int = 1,         # the token axis
@@ -50,14 +50,14 @@ def token_norm(
     norm = scale * torch.linalg.vector_norm(x / scale, dim=dim, keepdim=True)
     return (norm if keepdim else norm.squeeze(dim)).to(out)
 
-# %% ../nbs/00_sphere.ipynb #9edcbe27
+# %% ../nbs/00_sphere.ipynb #378a77d9
 def _axis(z: Tensor, dim: int):
     "Channel numbers, shaped to broadcast against `z`."
     shape = [1]*z.ndim
     shape[dim] = z.shape[dim]
     return torch.arange(z.shape[dim], device=z.device).view(shape)
 
-# %% ../nbs/00_sphere.ipynb #55b996c3
+# %% ../nbs/00_sphere.ipynb #7ef25346
 def project(
     z: Tensor,                   # latents, tokens along `dim`
     radius: float | None = None, # radius R > 0; None means sqrt(z.shape[dim])
@@ -74,7 +74,7 @@ def project(
     first = (_axis(x, dim) == 0).to(x.dtype)
     return (radius * torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), first)).to(out)
 
-# %% ../nbs/00_sphere.ipynb #2f62bc66
+# %% ../nbs/00_sphere.ipynb #8bb9872e
 def check_tokens(
     z: Tensor,                     # latents [B, d, h, w]
     what: str = 'latents',         # how the message names them
@@ -92,7 +92,7 @@ def check_tokens(
         b, i, j = empty.nonzero()[0].tolist()
         raise ValueError(f'{what} contain {int(empty.sum())} zero tokens, first in sample {b} at ({i}, {j}): a zero token has no direction on the sphere')
 
-# %% ../nbs/00_sphere.ipynb #72ea310c
+# %% ../nbs/00_sphere.ipynb #6c578259
 def tangent(
     z: Tensor,   # points, tokens along `dim`
     v: Tensor,   # velocities, same shape
@@ -104,7 +104,7 @@ def tangent(
     share = (v*z).sum(dim, keepdim=True) / torch.where(square > 0, square, 1)
     return (v - share*z).to(out)
 
-# %% ../nbs/00_sphere.ipynb #57d53eb7
+# %% ../nbs/00_sphere.ipynb #3c5deb7a
 def angle(
     z: Tensor,   # tokens along `dim`, any length
     w: Tensor,   # same shape
@@ -115,7 +115,7 @@ def angle(
     u, w = project(z, 1., dim), project(w, 1., dim)
     return (2*torch.atan2(torch.linalg.vector_norm(w - u, dim=dim), torch.linalg.vector_norm(u + w, dim=dim))).to(out)
 
-# %% ../nbs/00_sphere.ipynb #7b65c52e
+# %% ../nbs/00_sphere.ipynb #94db1213
 def _rhombus(z0: Tensor, z1: Tensor, dim: int):
     """Frame of the arc between two tokens of equal length, and per-token numbers: `(frame, half, radius)`.
 
@@ -153,7 +153,7 @@ def _blend(frame: tuple, on_m: Tensor, on_h: Tensor, on_axis: Tensor, on: Tensor
     "on_m m + on_h h + on_axis e_k, where `on` marks the axis e_k."
     return on_m*frame[0] + on_h*frame[1] + on_axis*on
 
-# %% ../nbs/00_sphere.ipynb #984a5cf0
+# %% ../nbs/00_sphere.ipynb #f6f06fc0
 def geodesic(
     z0: Tensor,                # start, tokens along `dim`
     z1: Tensor,                # end, same shape and token lengths
@@ -179,7 +179,7 @@ def geodesic(
     on = _axis(z0, dim) == k
     return _blend(frame, *weights[:3], on).to(out), _blend(frame, *weights[3:], on).to(out)
 
-# %% ../nbs/00_sphere.ipynb #eb6171b7
+# %% ../nbs/00_sphere.ipynb #59a298c7
 def slerp(
     z0: Tensor,        # start, tokens along `dim`
     z1: Tensor,        # end, same shape and token lengths
@@ -198,7 +198,7 @@ def slerp_velocity(
     "Velocity of the great circle arc at time `t`: θ/sin θ [cos(tθ) z1 - cos((1-t)θ) z0], in the stable form of `geodesic`."
     return geodesic(z0, z1, t, dim)[1]
 
-# %% ../nbs/00_sphere.ipynb #901c7c4f
+# %% ../nbs/00_sphere.ipynb #842853e1
 def exp_map(
     z: Tensor,   # points, tokens along `dim`; the radius R is their length
     u: Tensor,   # tangent vectors at `z`, same shape
@@ -219,7 +219,7 @@ def log_map(
     "Tangent vector at `z` whose exponential map is `w`; antipodal tokens follow the rule of `geodesic`."
     return geodesic(z, w, 0., dim)[1]
 
-# %% ../nbs/00_sphere.ipynb #a00d389c
+# %% ../nbs/00_sphere.ipynb #ed11485f
 def transport(
     z: Tensor,   # start, tokens along `dim`
     w: Tensor,   # end, same token lengths
@@ -238,7 +238,7 @@ def transport(
     share = torch.where(frame[4], (v*middle).sum(dim, keepdim=True), overlap/frame[3])
     return (v - 2*share*middle).to(out)
 
-# %% ../nbs/00_sphere.ipynb #de9d0fd5
+# %% ../nbs/00_sphere.ipynb #c2121288
 def sample_sphere(
     shape: tuple,                             # shape of the result, tokens along `dim`
     radius: float | None = None,              # radius; None means sqrt(shape[dim])

@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'TOKENIZERS', 'atomic_write', 'write_json', 'LatentTransform', 'Tokenizer', 'digits_images', 'show_images',
            'digits_autoencoder', 'psnr', 'channel_stats', 'train_digits_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/02_tokenizers.ipynb #71cedeb8
+# %% ../nbs/02_tokenizers.ipynb #b56484e3
 import hashlib
 import json
 import os
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .sphere import check_tokens, project, token_norm
 
-# %% ../nbs/02_tokenizers.ipynb #48c7ee62
+# %% ../nbs/02_tokenizers.ipynb #e2fa2053
 @contextmanager
 def atomic_write(
     path: str | Path # the final name, a file or a folder
@@ -56,7 +56,7 @@ def write_json(
     "Write `value` as JSON, whole or not at all."
     with atomic_write(path) as f: f.write_text(json.dumps(value, indent=1) + '\n')
 
-# %% ../nbs/02_tokenizers.ipynb #1f3d7d29
+# %% ../nbs/02_tokenizers.ipynb #b614d90a
 class LatentTransform(nn.Module):
     "Invertible map from an autoencoder's latents to flow coordinates: ((pack(z) - shift) * scale - mean) / std, unpacked again if asked."
     def __init__(self,
@@ -108,7 +108,7 @@ class LatentTransform(nn.Module):
         z = F.pixel_unshuffle(z.float(), c['pack']) if c['unpack'] else z.float()
         return F.pixel_shuffle((z*self.std + self.mean)/c['scale'] + c['shift'], c['pack'])
 
-# %% ../nbs/02_tokenizers.ipynb #4e74d987
+# %% ../nbs/02_tokenizers.ipynb #24b6ee42
 def _digest(config: dict, state: dict) -> str:
     "SHA-256 over a configuration and named tensors, independent of device and file format."
     h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -122,7 +122,7 @@ def _public(config: dict) -> dict:
     "The part of a diffusers config that says what the model is, not where it was loaded from."
     return {k: v for k, v in config.items() if not k.startswith('_')}
 
-# %% ../nbs/02_tokenizers.ipynb #99f356f6
+# %% ../nbs/02_tokenizers.ipynb #0039665e
 class Tokenizer(nn.Module):
     "An autoencoder, its `LatentTransform` and optionally the spherical projection, behind `encode` and `decode`."
     def __init__(self,
@@ -198,7 +198,7 @@ class Tokenizer(nn.Module):
             self.autoencoder.save_pretrained(tmp)
             write_json(tmp/'tokenizer.json', {'format': 1, 'name': self.name, 'spherical': self.spherical, 'transform': self.transform.config})
 
-# %% ../nbs/02_tokenizers.ipynb #a176a291
+# %% ../nbs/02_tokenizers.ipynb #860feca8
 def digits_images(
     split: str = 'train' # 'train' (1,438 images), 'test' (359) or 'all'
 ) -> tuple[Tensor, Tensor]: # images [N, 3, 16, 16] in [-1, 1], labels [N] in 0..9
@@ -211,7 +211,7 @@ def digits_images(
     if keep is None: raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
     return x[keep], torch.from_numpy(data.target)[keep]
 
-# %% ../nbs/02_tokenizers.ipynb #d7895724
+# %% ../nbs/02_tokenizers.ipynb #4ab39a93
 def show_images(
     images: Tensor,           # [N, 3, H, W] in [-1, 1]
     columns: int = 16,        # images per row
@@ -230,7 +230,7 @@ def show_images(
     ax.axis('off')
     return ax
 
-# %% ../nbs/02_tokenizers.ipynb #b609486e
+# %% ../nbs/02_tokenizers.ipynb #c23015a1
 def digits_autoencoder() -> AutoencoderKL: # 16 latent channels, 4 pixels per token
     "The untrained autoencoder of the `digits` tokenizer."
     return AutoencoderKL(
@@ -244,7 +244,7 @@ def psnr(
     "Peak signal-to-noise ratio per image, 10 log10(4/MSE), of images in [-1, 1]."
     return 10*torch.log10(4/(a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean((1, 2, 3)).clamp_min(1e-12))
 
-# %% ../nbs/02_tokenizers.ipynb #7de2a5b0
+# %% ../nbs/02_tokenizers.ipynb #2779a814
 def channel_stats(
     latents: Tensor # [N, c, h, w]
 ) -> dict: # {'mean': [...], 'std': [...]}, one number per channel
@@ -282,7 +282,7 @@ def train_digits_tokenizer(
     with torch.no_grad(): z = torch.cat([model.encode(x).latent_dist.mode() for x in images.split(256)])
     return Tokenizer(model, LatentTransform(**channel_stats(z)), name='digits')
 
-# %% ../nbs/02_tokenizers.ipynb #2ca651d3
+# %% ../nbs/02_tokenizers.ipynb #f13f6a3f
 def _data_folder() -> Path:
     "The `data` folder: inside an installed package, or at the root of a checkout."
     inside = Path(__file__).parent/'data' if '__file__' in globals() else None
@@ -296,7 +296,7 @@ def _own_transform(model: nn.Module) -> LatentTransform:
         return LatentTransform(pack=2, mean=model.bn.running_mean.tolist(), std=(model.bn.running_var + eps).sqrt().tolist(), unpack=True)
     return LatentTransform(scale=model.config.get('scaling_factor') or 1., shift=model.config.get('shift_factor') or 0.)
 
-# %% ../nbs/02_tokenizers.ipynb #2f47fa1b
+# %% ../nbs/02_tokenizers.ipynb #586ecab6
 DATA = _data_folder()
 
 #: Names that `load_tokenizer` knows: folders that ship with the package, and (repository, subfolder) on the Hugging Face hub.
@@ -308,7 +308,7 @@ TOKENIZERS = {
     'flux2': ('black-forest-labs/FLUX.2-dev', 'vae'),
 }
 
-# %% ../nbs/02_tokenizers.ipynb #05f2f4b7
+# %% ../nbs/02_tokenizers.ipynb #910525f9
 def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Module:
     "A diffusers autoencoder from a local folder or the hub, by the class its config names."
     where = f'{folder}/{subfolder}' if subfolder else str(folder)
@@ -325,7 +325,7 @@ def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Mo
     except RuntimeError as e:
         raise ValueError(f'the weights in {where} do not fit its config.json: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/02_tokenizers.ipynb #bc6123de
+# %% ../nbs/02_tokenizers.ipynb #1fc92739
 def load_tokenizer(
     name_or_path: str | Path,       # a name in `TOKENIZERS` or a diffusers autoencoder folder
     spherical: bool | None = None,  # project tokens; None means what the folder records, else False

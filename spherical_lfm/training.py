@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'DataOrder', 'flow_loss', 'checkpoints', 'Trainer']
 
-# %% ../nbs/08_training.ipynb #46aa386c
+# %% ../nbs/08_training.ipynb #eacf40f1
 import json
 import math
 import signal
@@ -27,7 +27,7 @@ from .paths import ARMS, Path as FlowPath, SlerpPath, arm_path
 from .sit import SiT
 from .tokenizers import atomic_write, load_tokenizer, write_json
 
-# %% ../nbs/08_training.ipynb #e8de8476
+# %% ../nbs/08_training.ipynb #ae9a1d02
 @dataclass
 class TrainConfig:
     "One training run."
@@ -58,14 +58,14 @@ class TrainConfig:
         for field in ('steps', 'batch_size', 'log_every', 'checkpoint_every'):
             if getattr(self, field) < 1: raise ValueError(f'{field} must be at least 1, got {getattr(self, field)}')
 
-# %% ../nbs/08_training.ipynb #d097cfff
+# %% ../nbs/08_training.ipynb #aee8779b
 def _generator(device, *key: int) -> torch.Generator:
     "A generator seeded by integers below 2^31."
     mixed = 0
     for k in key: mixed = (mixed*0x9E3779B97F4A7C15 + k + 1) % 2**63
     return torch.Generator(device).manual_seed(mixed)
 
-# %% ../nbs/08_training.ipynb #f4d22916
+# %% ../nbs/08_training.ipynb #0cd56434
 class DataOrder:
     "Which images make up the global batch of a step: a fresh permutation per epoch, batches running across epoch ends."
     def __init__(self,
@@ -92,7 +92,7 @@ class DataOrder:
             out[here] = self._permutation(epoch)[at[here] % self.count]
         return out
 
-# %% ../nbs/08_training.ipynb #db54969e
+# %% ../nbs/08_training.ipynb #13fd2ce9
 def flow_loss(
     model,            # (z, t, y) -> velocity
     path: FlowPath,   # which route
@@ -106,14 +106,14 @@ def flow_loss(
     v = model(z_t, t, y).float()
     return (path.tangent(z_t, v) - path.tangent(z_t, v_t)).square().mean()
 
-# %% ../nbs/08_training.ipynb #8ca674f2
+# %% ../nbs/08_training.ipynb #04230c5b
 _FREE = ('steps', 'log_every', 'checkpoint_every', 'compile')
 
 def _changed(old: dict, new: dict) -> list[str]:
     "Settings that differ and may not, as 'name: old -> new'."
     return [f'{k}: {old.get(k)} -> {v}' for k, v in new.items() if k not in _FREE and old.get(k) != v]
 
-# %% ../nbs/08_training.ipynb #32c890f6
+# %% ../nbs/08_training.ipynb #b7c364f6
 @contextmanager
 def _swapped(weights: list[Tensor], other: list[Tensor]):
     "Put `other` into the parameters for a while."
@@ -124,14 +124,14 @@ def _swapped(weights: list[Tensor], other: list[Tensor]):
         finally:
             for p, k in zip(weights, kept): p.copy_(k)
 
-# %% ../nbs/08_training.ipynb #7d6f1e5d
+# %% ../nbs/08_training.ipynb #54064be5
 def checkpoints(
     run: str | Path # a run folder
 ) -> list[Path]: # complete checkpoints, oldest first
     "Checkpoint folders of a run."
     return sorted((Path(run)/'checkpoints').glob('step-*'))
 
-# %% ../nbs/08_training.ipynb #8f7b72d2
+# %% ../nbs/08_training.ipynb #9767a37b
 class Trainer:
     "Trains a `SiT` on cached latents into a run folder. `fit()` continues from the newest checkpoint if there is one."
     def __init__(self,

@@ -1,0 +1,86 @@
+"""Commands from a shell: help, one sentence on mistakes, non-zero exits."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spherical_lfm.latents import ImageSource, encode_latents
+from spherical_lfm.tokenizers import load_tokenizer
+
+BIN = Path(sys.executable).parent
+COMMANDS = ['slfm_demo', 'slfm_compare', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'slfm_bench']
+
+
+def call(*args, **env):
+    return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], capture_output=True, text=True, timeout=300, env=os.environ | env)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A trained run of a few steps, and its latents."
+    folder = tmp_path_factory.mktemp('cli')
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder/'latents', flip=False, progress=False)
+    assert call('slfm_train', folder/'latents', folder/'run', '--preset', 'digits', '--steps', 3, '--log_every', 1).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help(command):
+    result = call(command, '--help')
+    assert result.returncode == 0 and len(result.stdout) > 300 and 'usage' in result.stdout
+
+
+@pytest.mark.parametrize('args,words', [
+    (['slfm_demo', '--arms', 'slerp'], 'unknown arm'),
+    (['slfm_compare', '--preset', 'nothing'], 'unknown preset'),
+    (['slfm_train', '{}/no-latents', '{}/new'], 'make them with slfm_encode'),
+    (['slfm_train', '{}/latents', '{}/new', '--arm', 'chord'], 'unknown arm'),
+    (['slfm_train', '{}/latents', '{}/new', '--model', 'SiT-Z/9'], 'unknown model'),
+    (['slfm_train', '{}/latents', '{}/run', '--preset', 'digits', '--lr', '0.5'], 'changed settings'),
+    (['slfm_train', '{}/latents', '/proc/run', '--preset', 'digits', '--steps', '1'], 'cannot write'),
+    (['slfm_sample', '{}/run', '{}/images', '--label', '77'], 'class index 77 is out of range'),
+    (['slfm_sample', '{}/nowhere', '{}/images'], 'no checkpoint'),
+    (['slfm_sample', '{}/run', '/proc/images', '--count', '2', '--steps', '1'], 'cannot write'),
+    (['slfm_encode', 'no-tokenizer', 'digits', '{}/z'], 'neither a known tokenizer'),
+    (['slfm_encode', 'digits', '{}/no-images.parquet', '{}/z'], 'no images at'),
+    (['slfm_evaluate', 'digits', 'digits', '--extractor', 'vgg'], 'unknown extractor'),
+    (['slfm_bench', 'everything'], 'unrecognized|unknown'),
+])
+def test_mistakes_get_one_sentence(run, args, words):
+    import re
+    result = call(*(a.format(run) for a in args))
+    assert result.returncode != 0
+    assert re.search(words, result.stderr) and 'Traceback' not in result.stderr
+
+
+def test_another_tokenizers_latents_are_refused(run, tmp_path):
+    stranger = load_tokenizer('digits')
+    stranger.autoencoder.encoder.conv_in.weight.data.mul_(1.01)
+    stranger.save_pretrained(tmp_path/'stranger')
+    result = call('slfm_sample', run/'run', tmp_path/'images', '--tokenizer', tmp_path/'stranger')
+    assert result.returncode == 1 and 'is not the one this run was trained on' in result.stderr
+
+
+def test_sampling_is_reproducible_and_the_pipeline_agrees(run, tmp_path):
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    from spherical_lfm.sampling import LatentFlowPipeline
+    for name in ('a', 'b'):
+        assert call('slfm_sample', run/'run', tmp_path/name, '--count', 3, '--steps', 4, '--seed', 5).returncode == 0
+    read = lambda name: torch.stack([pil_to_tensor(Image.open(f)) for f in sorted((tmp_path/name).rglob('0*.png'))])
+    assert torch.equal(read('a'), read('b'))
+    pipe = LatentFlowPipeline.from_run(run/'run')
+    pipe.save_pretrained(tmp_path/'pipe')
+    pipe = LatentFlowPipeline.from_pretrained(tmp_path/'pipe')
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([0, 1, 2], 4, generator=torch.Generator().manual_seed(5)).images
+    assert (torch.stack([pil_to_tensor(i) for i in images]).int() - read('a').int()).abs().max() <= 1
+
+
+def test_inception_without_network_is_one_sentence(tmp_path):
+    result = call('slfm_evaluate', 'digits', 'digits', HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9', TORCH_HOME=str(tmp_path))
+    assert result.returncode == 1 and 'Inception weights could not be loaded' in result.stderr and 'Traceback' not in result.stderr

@@ -1,0 +1,57 @@
+"""Repository hygiene: README, licence, security, data."""
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACKED = subprocess.run(['git', '-C', str(ROOT), 'ls-files', '-z'], capture_output=True, text=True).stdout.split('\0')[:-1]
+
+
+@pytest.mark.skipif(not TRACKED, reason='not a git checkout')
+def test_no_pickles_no_large_files():
+    for name in TRACKED:
+        assert not name.endswith(('.pt', '.pth', '.pkl', '.ckpt', '.bin')), name
+        assert (ROOT/name).stat().st_size < 4_000_000, name
+
+
+def test_code_opens_nothing_that_executes():
+    for path in [*(ROOT/'spherical_lfm').glob('*.py'), *(ROOT/'scripts').glob('*.py')]:
+        text = path.read_text()
+        for call in re.findall(r'torch\.load\([^\n]*', text): assert 'weights_only=True' in call, f'{path.name}: {call}'
+        for banned in ('trust_remote_code=True', 'shell=True', 'os.system', 'allow_pickle=True', 'pickle.load'): assert banned not in text, f'{path.name}: {banned}'
+
+
+def test_readme_is_rendered_from_the_index():
+    result = subprocess.run([sys.executable, str(ROOT/'scripts'/'render_readme.py'), '--check'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_links_of_the_readme_exist():
+    for target in re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT/'README.md').read_text()): assert (ROOT/target).exists(), target
+
+
+def test_python_example_of_the_readme_runs():
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+    assert blocks
+    subprocess.run([sys.executable, '-c', '\n'.join(blocks)], cwd=ROOT, check=True, timeout=300, capture_output=True)
+
+
+def test_paper_figures_are_a_tidy_table():
+    rows = list(csv.DictReader((ROOT/'data'/'paper.csv').open()))
+    assert {r['table'] for r in rows} == {'geometry', 'ablation', 'generation', 'reconstruction'}
+    for r in rows: assert float(r['value']) > 0 and r['source']
+
+
+def test_docs_site(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT/'scripts'/'build_docs.py')], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    pages = {p.name: p.read_text() for p in (ROOT/'_docs').glob('*.html')}
+    assert {'index.html', 'sphere.html', 'cli.html'} <= pages.keys() and len(pages) == 14
+    for name, page in pages.items():
+        for link in re.findall(r'href="([^"#:]+?)(?:#[^"]*)?"', page): assert (ROOT/'_docs'/link).exists(), f'{name} links to {link}'
+        assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', page), f'{name} loads something from outside'
+        assert '$$' not in re.sub(r'<pre.*?</pre>', '', page, flags=re.S), f'{name} has a formula that was not rendered'
