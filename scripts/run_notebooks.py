@@ -28,7 +28,7 @@ def run(path: Path):
         cell.metadata = {}
         if cell.cell_type != 'code': continue
         cell.execution_count = None
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr')]
+        cell.outputs = [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {}))]
         for o in cell.outputs:
             if 'execution_count' in o: o.execution_count = None
             if 'metadata' in o: o.metadata = {}

@@ -6,7 +6,7 @@
 __all__ = ['command', 'slfm_compare', 'slfm_demo', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'time_ratio',
            'slfm_bench']
 
-# %% ../nbs/12_cli.ipynb #16355d26
+# %% ../nbs/12_cli.ipynb #03069e57
 import functools
 import json
 import statistics
@@ -25,7 +25,7 @@ from .latents import ImageSource, LatentDataset, encode_latents
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .sampling import LatentFlowPipeline, load_run, sample, tokenizer_for
 from .sphere import project
-from .tokenizers import atomic_write, load_tokenizer, show_images, write_json
+from .tokenizers import atomic_write, load_tokenizer, save_grid, write_json
 from .training import TrainConfig, Trainer
 
 # %% ../nbs/12_cli.ipynb #133a0885
@@ -87,7 +87,7 @@ def slfm_demo(
             with atomic_write(folder) as tmp: LatentFlowPipeline.from_run(Path(out)/arm, tokenizer=decoder_name(get_preset('digits'), arm)).save_pretrained(tmp)
     _print_report(report, out)
 
-# %% ../nbs/12_cli.ipynb #944c1bf7
+# %% ../nbs/12_cli.ipynb #155f6c94
 @command
 def slfm_encode(
     tokenizer: str,          # a name or a diffusers autoencoder folder
@@ -152,7 +152,7 @@ def slfm_sample(
     for n, (x, c) in enumerate(zip(images, y.tolist())):
         with atomic_write(Path(out)/f'{c:04d}'/f'{n:06d}.png') as f: to_pil_image(x.clamp(-1, 1)/2 + .5).save(f)
     grid = Path(f'{Path(out)}-grid.png') # beside the folder, which stays a clean image source
-    with atomic_write(grid) as f: show_images(images[:100], 10).figure.savefig(f, format='png', dpi=110)
+    save_grid(images[:100], grid)
     print(f'{count} images in {out}, overview in {grid}')
 
 @command

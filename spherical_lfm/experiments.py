@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'TIMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name', 'score', 'run_arm',
            'prepare_latents', 'compare', 'plot_fid_curves', 'report_html', 'seeds_study']
 
-# %% ../nbs/11_experiments.ipynb #baf51b75
+# %% ../nbs/11_experiments.ipynb #d384f029
 import base64
 import html
 import importlib.metadata
@@ -30,7 +30,7 @@ from .paths import ARMS, arm_path
 from .probes import load_digit_features, plot_swaps, probe_swaps, swap_strip
 from .sampling import load_run, sample
 from .sphere import project
-from .tokenizers import DATA, Tokenizer, atomic_write, digits_images, load_tokenizer, show_images, write_json
+from .tokenizers import DATA, Tokenizer, atomic_write, digits_images, load_tokenizer, save_grid, show_images, write_json
 from .training import TrainConfig, Trainer, checkpoints
 
 # %% ../nbs/11_experiments.ipynb #7d11782f
@@ -137,7 +137,7 @@ def score(
     figures['protocol'] |= {'solver': preset.method, 'solver_steps': preset.sample_steps, 'guidance': preset.guidance, 'decoder': decoder_name(preset, arm), 'seed': seed}
     return figures, out[:40]
 
-# %% ../nbs/11_experiments.ipynb #9a95432a
+# %% ../nbs/11_experiments.ipynb #be67deef
 def run_arm(
     preset: Preset,             # the experiment
     arm: str,                   # a key of `ARMS`
@@ -165,7 +165,7 @@ def run_arm(
         write_json(store, kept)
     if kept.get('step') != config.steps:
         figures, images = score(out, config.steps, preset, arm, reference, preset.samples, seed, device, progress)
-        with atomic_write(out/'samples.png') as f: show_images(images, 10).figure.savefig(f, format='png', dpi=110)
+        save_grid(images, out/'samples.png')
         kept |= {'step': config.steps, 'figures': figures}
         write_json(store, kept)
     figures = kept['figures']

@@ -97,7 +97,7 @@ class ShellPath(Path):
         r = (1 - s)*r0 + s*r1
         return r*u, (r1 - r0)*u + r*du
 
-# %% ../nbs/05_paths.ipynb #34487bf8
+# %% ../nbs/05_paths.ipynb #fe14f74f
 class SlerpPath(Path):
     "Great circle from uniform noise to data on the sphere of radius sqrt(d)."
     spherical = True
@@ -123,8 +123,9 @@ class SlerpPath(Path):
         v: Tensor, # velocities, projected to the tangent space first
         dt: float  # time step
     ) -> Tensor: # next positions, of the same token lengths
-        "exp_z(dt Pi_z(v))."
-        return sphere.exp_map(z, dt*sphere.tangent(z, v))
+        "exp_z(dt Pi_z(v)), rescaled to the length of `z` so that rounding does not add up over steps."
+        moved = sphere.exp_map(z, dt*sphere.tangent(z, v))
+        return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
 
     def transport(self,
         z: Tensor, # where `v` lives

@@ -186,7 +186,7 @@ def bootstrap_interval(
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
     return float(statistic(v)), float(low), float(high)
 
-# %% ../nbs/03_probes.ipynb #5b4683f7
+# %% ../nbs/03_probes.ipynb #d6e8c99d
 def plot_swaps(
     result: dict,             # from `probe_swaps`
     distance: str = 'pixel',  # which distance
@@ -196,7 +196,7 @@ def plot_swaps(
     import matplotlib.pyplot as plt
     import pandas as pd
     import seaborn as sns
-    table = pd.DataFrame([(s, v) for s, per in result.items() for v in per[distance].tolist()], columns=['swap', distance])
+    table = pd.DataFrame([(s, v) for s, per in result.items() for v in per[distance].tolist()], columns=['swap', distance]).replace({'swap': {s: s.replace(' ', '\n') for s in result}})
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     sns.violinplot(table, x='swap', y=distance, hue='swap', cut=0, density_norm='width', legend=False, ax=ax)
     ax.set(xlabel='', ylabel=f'{distance} distance from the anchor')

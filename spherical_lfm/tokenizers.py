@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TOKENIZERS', 'atomic_write', 'write_json', 'LatentTransform', 'Tokenizer', 'digits_images', 'show_images',
-           'digits_autoencoder', 'psnr', 'channel_stats', 'train_digits_tokenizer', 'load_tokenizer']
+           'save_grid', 'digits_autoencoder', 'psnr', 'channel_stats', 'train_digits_tokenizer', 'load_tokenizer']
 
 # %% ../nbs/02_tokenizers.ipynb #b56484e3
 import hashlib
@@ -211,7 +211,7 @@ def digits_images(
     if keep is None: raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
     return x[keep], torch.from_numpy(data.target)[keep]
 
-# %% ../nbs/02_tokenizers.ipynb #4ab39a93
+# %% ../nbs/02_tokenizers.ipynb #babf9684
 def show_images(
     images: Tensor,           # [N, 3, H, W] in [-1, 1]
     columns: int = 16,        # images per row
@@ -229,6 +229,17 @@ def show_images(
     ax.set_title(title, fontsize=10)
     ax.axis('off')
     return ax
+
+def save_grid(
+    images: Tensor,      # [N, 3, H, W] in [-1, 1]
+    path: str | Path,    # a PNG file
+    columns: int = 10    # images per row
+):
+    "Write images as one picture, whole or not at all."
+    import matplotlib.pyplot as plt
+    figure = show_images(images, columns).figure
+    with atomic_write(path) as f: figure.savefig(f, format='png', dpi=110)
+    plt.close(figure)
 
 # %% ../nbs/02_tokenizers.ipynb #c23015a1
 def digits_autoencoder() -> AutoencoderKL: # 16 latent channels, 4 pixels per token
