@@ -41,7 +41,7 @@ def decoders(out: Path, scale: float):
 def results(out: Path, scale: float):
     "The matched comparison of the four arms over three seeds."
     from spherical_lfm.experiments import seeds_study
-    seeds_study(out/'results'/'digits_comparison.json', steps_scale=scale)
+    seeds_study(out/'results'/'digits_comparison.json', scale=scale)
 
 
 STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results)}

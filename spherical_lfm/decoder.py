@@ -6,10 +6,10 @@
 __all__ = ['PatchDiscriminator', 'critic_loss', 'adaptive_weight', 'FinetuneConfig', 'finetune_decoder', 'frechet_distance',
            'ssim', 'reconstruction_metrics']
 
-# %% ../nbs/04_decoder.ipynb #a86dcaa3
+# %% ../nbs/04_decoder.ipynb #0a947fe4
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from tqdm.auto import tqdm
 
-from .probes import load_digit_features, lpips_distance
-from .tokenizers import DATA, Tokenizer, digits_images, load_tokenizer, psnr, show_images
+from .probes import lpips_distance
+from .tokenizers import Tokenizer, psnr
 
 # %% ../nbs/04_decoder.ipynb #e3c74b07
 class PatchDiscriminator(nn.Sequential):
@@ -146,7 +146,7 @@ def ssim(
     s = (2*ma*mb + .01**2)*(2*cov + .03**2)/((ma**2 + mb**2 + .01**2)*(va + vb + .03**2))
     return s.mean((1, 2, 3))
 
-# %% ../nbs/04_decoder.ipynb #91e6e09e
+# %% ../nbs/04_decoder.ipynb #cbc399f5
 @torch.no_grad()
 def reconstruction_metrics(
     tokenizer: Tokenizer,                # what to measure
@@ -167,7 +167,9 @@ def reconstruction_metrics(
         rows['psnr'].append(psnr(y, x))
         rows['ssim'].append(ssim(y, x))
         if perceptual: rows['perceptual'].append(perceptual(y, x))
-        if features: rows['real'].append(features(x)); rows['fake'].append(features(y.clamp(-1, 1)))
+        if features:
+            rows['real'].append(features(x))
+            rows['fake'].append(features(y.clamp(-1, 1)))
     result = {k: torch.cat(rows[k]).mean().item() for k in ('psnr', 'ssim', 'perceptual') if rows[k]}
     if features: result['rfid'] = frechet_distance(torch.cat(rows['real']), torch.cat(rows['fake']))
     return result | {'count': len(images)}

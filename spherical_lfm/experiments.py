@@ -33,7 +33,7 @@ from .sphere import project
 from .tokenizers import DATA, Tokenizer, atomic_write, digits_images, load_tokenizer, save_grid, show_images, write_json
 from .training import TrainConfig, Trainer, checkpoints
 
-# %% ../nbs/11_experiments.ipynb #7d11782f
+# %% ../nbs/11_experiments.ipynb #85b8367a
 @dataclass
 class Preset:
     "An experiment: data, tokenizer, training and evaluation. `train` overrides fields of `TrainConfig`."
@@ -53,8 +53,8 @@ _PAPER = 'arXiv 2605.15193, 80 epochs of ImageNet at 256 px; what it leaves open
 _imagenet = lambda model: dict(model=model, steps=400_365, precision='bf16', compile=True)
 
 PRESETS = {
-    'digits': Preset('digits', 16, dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False, log_every=50, checkpoint_every=300),
-                     control='digits-control', sample_steps=50, samples=1438, curve_samples=512, extractor='digits', note="scikit-learn's digits, 1,438 training images"),
+    'digits': Preset('digits', 16, dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False, log_every=50, checkpoint_every=400),
+                     control='digits-control', sample_steps=50, samples=1438, curve_samples=320, extractor='digits', note="scikit-learn's digits, 1,438 training images"),
     'flux2-b2': Preset('flux2', 256, _imagenet('SiT-B/2'), note=_PAPER),
     'flux2-xl2': Preset('flux2', 256, _imagenet('SiT-XL/2'), note=_PAPER),
     'repae-flux1-b2': Preset('repae-flux1', 256, _imagenet('SiT-B/2'), note=_PAPER),
@@ -285,17 +285,17 @@ Swapping lengths moves a decoded image by {g["swap"]["radius"]:.3f}, directions 
 {"".join(pictures)}
 <h2>Environment</h2><p>{html.escape(env["device"])}; commit {html.escape(str(env["commit"]))}; seeds {env["seeds"]}; {html.escape(versions)}; <code>{html.escape(env["command"])}</code></p></html>'''
 
-# %% ../nbs/11_experiments.ipynb #42fd26b8
+# %% ../nbs/11_experiments.ipynb #610240e7
 def seeds_study(
     path: str | Path,            # the JSON file to write
     seeds: tuple = (0, 1, 2),    # seeds of training and sampling
-    steps_scale: float = 1.,     # fraction of the full number of steps
+    scale: float = 1.,           # fraction of the full number of steps and samples
     progress: bool = True        # show progress bars
 ) -> dict: # what is written
     "All arms over several seeds at the `digits` preset; final figures only."
     base = PRESETS['digits']
-    steps = max(2, round(base.train['steps']*steps_scale))
-    preset = Preset(**asdict(base) | dict(train=base.train | dict(steps=steps, checkpoint_every=steps)))
+    steps = max(2, round(base.train['steps']*scale))
+    preset = Preset(**asdict(base) | dict(train=base.train | dict(steps=steps, checkpoint_every=steps), samples=max(40, round(base.samples*scale))))
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
         reference = digits_images('train')

@@ -6,7 +6,7 @@
 __all__ = ['EXTRACTORS', 'to_uint8', 'DigitExtractor', 'extract_features', 'save_reference', 'reference_distance', 'evaluate',
            'frechet_distance']
 
-# %% ../nbs/10_fidelity.ipynb #4096f35e
+# %% ../nbs/10_fidelity.ipynb #6df2f956
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 from .decoder import frechet_distance
 from .probes import load_digit_features
-from .tokenizers import atomic_write, digits_images, load_tokenizer, show_images
+from .tokenizers import atomic_write
 
 # %% ../nbs/10_fidelity.ipynb #f2782899
 _all_ = ['frechet_distance']

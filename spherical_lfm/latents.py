@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['to_tensor', 'ImageSource', 'encode_latents', 'LatentDataset']
 
-# %% ../nbs/06_latents.ipynb #c0c59967
+# %% ../nbs/06_latents.ipynb #1710b383
 import hashlib
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
@@ -21,17 +22,17 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from .sphere import check_tokens, project
-from .tokenizers import Tokenizer, atomic_write, digits_images, load_tokenizer, write_json
+from .tokenizers import Tokenizer, atomic_write, digits_images, write_json
 
-# %% ../nbs/06_latents.ipynb #9c0abf6f
+# %% ../nbs/06_latents.ipynb #671b37fd
 def to_tensor(
     image: Image.Image,       # any mode
     size: int                 # side of the result in pixels
 ) -> Tensor: # [3, size, size] in [-1, 1]
-    "Centre square of an image, resized (bicubic, antialiased) to `size`, as RGB in [-1, 1]."
+    "Centre square of an image, resized (bicubic, antialiased) to `size`, as RGB in [-1, 1]; 16-bit values are divided by 65535."
     if image.mode.startswith('I') or image.mode == 'F':
-        values = torch.tensor(list(image.getdata()), dtype=torch.float32)
-        image = Image.frombytes('L', image.size, (values/max(1., values.max().item())*255).byte().numpy().tobytes())
+        values = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((values/(65535 if image.mode[0] == 'I' else max(1., values.max()))*255).clip(0, 255).astype(np.uint8))
     if image.mode in ('P', 'LA', 'PA', 'RGBA'):
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -41,7 +42,7 @@ def to_tensor(
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return pil_to_tensor(image).float()/127.5 - 1
 
-# %% ../nbs/06_latents.ipynb #8420b48b
+# %% ../nbs/06_latents.ipynb #1ea1d6a4
 class ImageSource:
     "A stream of `(image [3, size, size] in [-1, 1], label)` from digits, a folder, a parquet file or the hub; unreadable images are skipped and kept in `.skipped`."
     def __init__(self,
@@ -68,7 +69,10 @@ class ImageSource:
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         self.skipped = []
-        if self.source == 'digits': yield from zip(*(lambda x, y: (x, y.tolist()))(*digits_images(self.split))); return
+        if self.source == 'digits':
+            images, labels = digits_images(self.split)
+            yield from zip(images, labels.tolist())
+            return
         for n, row in enumerate(self._rows):
             cell, name = row['image'], row['image'].get('path') or f'row {n}'
             try:

@@ -7,7 +7,7 @@ __all__ = ['SWAPS', 'swap_radius', 'swap_direction', 'mean_radius', 'mean_direct
            'lpips_distance', 'feature_distance', 'DigitFeatures', 'train_digit_features', 'load_digit_features',
            'probe_swaps', 'bootstrap_interval', 'plot_swaps', 'swap_strip']
 
-# %% ../nbs/03_probes.ipynb #005d36de
+# %% ../nbs/03_probes.ipynb #18318a74
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .sphere import project, token_norm
-from .tokenizers import DATA, Tokenizer, atomic_write, digits_images, load_tokenizer, show_images
+from .tokenizers import DATA, Tokenizer, digits_images, show_images
 
 # %% ../nbs/03_probes.ipynb #5f6d4873
 def swap_radius(

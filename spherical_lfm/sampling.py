@@ -6,23 +6,23 @@
 __all__ = ['METHODS', 'guided_velocity', 'euler', 'heun', 'sample', 'load_run', 'tokenizer_for', 'FlowSchedulerOutput',
            'FlowScheduler', 'LatentFlowPipeline']
 
-# %% ../nbs/09_sampling.ipynb #e75f17ef
+# %% ../nbs/09_sampling.ipynb #3d931301
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .paths import ARMS, Path as FlowPath, SlerpPath, arm_path
+from .paths import ARMS, Path as FlowPath, arm_path
 from .sit import SiT
-from .sphere import check_tokens, geodesic, project, token_norm
+from .sphere import check_tokens
 from .tokenizers import LatentTransform, Tokenizer, load_tokenizer
 from .training import checkpoints
 

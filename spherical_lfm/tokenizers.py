@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'TOKENIZERS', 'atomic_write', 'write_json', 'LatentTransform', 'Tokenizer', 'digits_images', 'show_images',
            'save_grid', 'digits_autoencoder', 'psnr', 'channel_stats', 'train_digits_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/02_tokenizers.ipynb #b56484e3
+# %% ../nbs/02_tokenizers.ipynb #8b4c3863
 import hashlib
 import json
 import os
@@ -24,9 +24,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .sphere import check_tokens, project, token_norm
+from .sphere import check_tokens, project
 
-# %% ../nbs/02_tokenizers.ipynb #e2fa2053
+# %% ../nbs/02_tokenizers.ipynb #e8ae5bc9
 @contextmanager
 def atomic_write(
     path: str | Path # the final name, a file or a folder
@@ -40,6 +40,7 @@ def atomic_write(
         yield stage/path.name
         for f in [stage/path.name, *(stage/path.name).rglob('*')]:
             if f.is_file():
+                f.chmod(0o644) # some writers make files that only their owner can read
                 with open(f, 'rb') as h: os.fsync(h.fileno())
         if path.is_dir(): os.replace(path, stage/'replaced')
         os.replace(stage/path.name, path)
@@ -319,22 +320,22 @@ TOKENIZERS = {
     'flux2': ('black-forest-labs/FLUX.2-dev', 'vae'),
 }
 
-# %% ../nbs/02_tokenizers.ipynb #910525f9
+# %% ../nbs/02_tokenizers.ipynb #4277512b
 def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Module:
     "A diffusers autoencoder from a local folder or the hub, by the class its config names."
     where = f'{folder}/{subfolder}' if subfolder else str(folder)
-    try:
-        config = diffusers.AutoencoderKL.load_config(folder, subfolder=subfolder)
-        name = config.get('_class_name', '')
-        cls = getattr(diffusers, name, None) if name.startswith('Autoencoder') else None
-        if cls is None: raise ValueError(f'{where}/config.json names {name!r}, which is not a diffusers autoencoder')
-        return cls.from_pretrained(folder, subfolder=subfolder, use_safetensors=True)
-    except OSError as e:
-        raise FileNotFoundError(
-            f'no autoencoder at {where}: wanted config.json and diffusion_pytorch_model.safetensors, looked there and in the Hugging Face cache; '
-            'give the path of a local diffusers folder, or connect to the network once to download it') from e
-    except RuntimeError as e:
-        raise ValueError(f'the weights in {where} do not fit its config.json: {str(e).splitlines()[0]}') from e
+    absent = FileNotFoundError(
+        f'no autoencoder at {where}: wanted config.json and diffusion_pytorch_model.safetensors, looked there and in the Hugging Face cache; '
+        'give the path of a local diffusers folder, or connect to the network once to download it')
+    try: config = AutoencoderKL.load_config(folder, subfolder=subfolder)
+    except OSError as e: raise absent from e
+    name = config.get('_class_name', '')
+    cls = getattr(diffusers, name, None) if name.startswith('Autoencoder') else None
+    if cls is None: raise ValueError(f'{where}/config.json names {name!r}, which is not a diffusers autoencoder')
+    try: return cls.from_pretrained(folder, subfolder=subfolder, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
+        if isinstance(e, OSError) and not (Path(where)/'diffusion_pytorch_model.safetensors').exists(): raise absent from e
+        raise ValueError(f'the weights in {where} are damaged or do not fit its config.json: {str(e).splitlines()[0]}') from e
 
 # %% ../nbs/02_tokenizers.ipynb #1fc92739
 def load_tokenizer(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'DataOrder', 'flow_loss', 'checkpoints', 'Trainer']
 
-# %% ../nbs/08_training.ipynb #eacf40f1
+# %% ../nbs/08_training.ipynb #682fc3ad
 import json
 import math
 import signal
@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .latents import ImageSource, LatentDataset, encode_latents
-from .paths import ARMS, Path as FlowPath, SlerpPath, arm_path
+from .latents import LatentDataset
+from .paths import Path as FlowPath, arm_path
 from .sit import SiT
-from .tokenizers import atomic_write, load_tokenizer, write_json
+from .tokenizers import atomic_write, write_json
 
 # %% ../nbs/08_training.ipynb #ae9a1d02
 @dataclass
