@@ -123,7 +123,7 @@ def _public(config: dict) -> dict:
     "The part of a diffusers config that says what the model is, not where it was loaded from."
     return {k: v for k, v in config.items() if not k.startswith('_')}
 
-# %% ../nbs/02_tokenizers.ipynb #0039665e
+# %% ../nbs/02_tokenizers.ipynb #3f40b82e
 class Tokenizer(nn.Module):
     "An autoencoder, its `LatentTransform` and optionally the spherical projection, behind `encode` and `decode`."
     def __init__(self,
@@ -197,6 +197,9 @@ class Tokenizer(nn.Module):
         "Save as a diffusers autoencoder folder with a `tokenizer.json` that records transform and projection."
         with atomic_write(folder) as tmp:
             self.autoencoder.save_pretrained(tmp)
+            config = json.loads((tmp/'config.json').read_text())
+            config.pop('_name_or_path', None) # where it was loaded from is nobody's business
+            write_json(tmp/'config.json', config)
             write_json(tmp/'tokenizer.json', {'format': 1, 'name': self.name, 'spherical': self.spherical, 'transform': self.transform.config})
 
 # %% ../nbs/02_tokenizers.ipynb #860feca8
