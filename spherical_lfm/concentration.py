@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .sphere import token_norm
 
-# %% ../nbs/01_concentration.ipynb #f221c25e
+# %% ../nbs/01_concentration.ipynb #54699615
 def chi_mean(
     d: int # dimensions
 ) -> float: # E|e|
@@ -33,7 +33,7 @@ def shell_tail_bound(
     d: int,      # dimensions
     width: float # distance from sqrt(d)
 ) -> float: # upper bound of P(| |e| - sqrt(d) | >= width)
-    "Concentration bound: a standard normal vector leaves the shell of half-width `width` with probability at most 2 exp(-width^2/2) for width >= 1."
+    "Concentration bound: a standard normal vector leaves the shell of half-width `width` with probability at most 2 exp(-s^2/2), s = width - (sqrt(d) - E|e|)."
     return min(1., 2*math.exp(-max(0., width - (math.sqrt(d) - chi_mean(d)))**2/2))
 
 # %% ../nbs/01_concentration.ipynb #afb67161

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'sincos_positions', 'TimeEmbedder', 'LabelEmbedder', 'modulate', 'SiTBlock', 'FinalLayer', 'SiT']
 
-# %% ../nbs/07_sit.ipynb #e918d04c
+# %% ../nbs/07_sit.ipynb #608bd060
+import argparse
 import math
 from pathlib import Path
 
@@ -215,12 +216,14 @@ class SiT(ModelMixin, ConfigMixin):
         if missing or unknown: raise ValueError(f'checkpoint does not fit SiT: missing {missing[:3]}, unknown {unknown[:3]}')
         return model.eval()
 
-# %% ../nbs/07_sit.ipynb #ca1a1160
+# %% ../nbs/07_sit.ipynb #7d727cd2
 def _read_state(source: str | Path | dict) -> dict:
     "State dict from memory or from a file, opened without executing anything; the EMA weights if a training checkpoint holds several."
     if not isinstance(source, dict):
         if not Path(source).exists(): raise FileNotFoundError(f'no checkpoint at {source}')
-        source = load_file(source) if str(source).endswith('.safetensors') else torch.load(source, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]): # training checkpoints keep their arguments, which are plain data
+            source = load_file(source) if str(source).endswith('.safetensors') else torch.load(source, map_location='cpu', weights_only=True)
     for key in ('ema', 'model'):
         if isinstance(source.get(key), dict): source = source[key]
-    return {k.removeprefix('module.'): v for k, v in source.items()}
+    names = {k.removeprefix('module.'): v for k, v in source.items()}
+    return {k: v for k, v in names.items() if not k.startswith('projectors.')} # REPA's heads serve its training loss alone

@@ -1,4 +1,5 @@
 """SiT against an independent implementation from the published names, and its shapes."""
+import argparse
 import math
 
 import pytest
@@ -59,7 +60,8 @@ def test_published_arithmetic(patch, learn_sigma):
 
 def test_checkpoint_files(tmp_path):
     model, (z, t, y) = random_weights()
-    torch.save({'ema': model.state_dict(), 'args': None}, tmp_path/'sit.pt')
+    heads = {'projectors.0.0.weight': torch.zeros(2, 2)}
+    torch.save({'ema': model.state_dict() | heads, 'args': argparse.Namespace(model='SiT')}, tmp_path/'sit.pt')
     torch.testing.assert_close(SiT.from_sit_checkpoint(tmp_path/'sit.pt', num_heads=6)(z, t, y), model(z, t, y))
     torch.save({'model': model.state_dict(), 'args': pytest.Item}, tmp_path/'evil.pt')
     with pytest.raises(Exception, match='[Ww]eights.only'): SiT.from_sit_checkpoint(tmp_path/'evil.pt')
