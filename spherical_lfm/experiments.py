@@ -172,18 +172,22 @@ def run_arm(
     return {'fid': figures['fid'], 'accuracy': figures.get('accuracy'), 'final_loss': result['final_loss'], 'steps': config.steps, 'seconds': result['seconds'],
             'curve': [{'step': int(s), 'fid': f} for s, f in kept['curve'].items()], 'protocol': figures['protocol']}
 
-# %% ../nbs/11_experiments.ipynb #b9ad8b8c
+# %% ../nbs/11_experiments.ipynb #d54d3dbc
 def prepare_latents(
     preset: Preset,            # which tokenizer
     source: ImageSource,       # images
     folder: Path,              # where latents are cached
     progress: bool = True      # show a progress bar
 ) -> Tokenizer: # the vanilla tokenizer
-    "Encode the source unless a cache by the same tokenizer is there."
+    "Encode the source unless a cache of the same images by the same tokenizer is there."
     tokenizer = load_tokenizer(preset.tokenizer, spherical=False, device='cuda' if torch.cuda.is_available() else 'cpu')
-    try: same = json.loads((folder/'index.json').read_text())['tokenizer']['latent_identity'] == tokenizer.latent_identity
-    except (FileNotFoundError, json.JSONDecodeError, KeyError): same = False
-    if not same: encode_latents(tokenizer, source, folder, flip=preset.train.get('flip', True), progress=progress)
+    flip = preset.train.get('flip', True)
+    wanted = tokenizer.latent_identity, flip, Path(source.source).name, source.split, preset.image_size
+    try:
+        index = json.loads((folder/'index.json').read_text())
+        found = index['tokenizer']['latent_identity'], index['flip'], index['source']['kind'], index['source']['split'], index['source']['size'][0]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError): found = None
+    if found != wanted: encode_latents(tokenizer, source, folder, flip=flip, progress=progress)
     return tokenizer
 
 def compare(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.fidelity import evaluate, extract_features, frechet_distance
 from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.probes import load_digit_features
@@ -76,6 +77,14 @@ def test_failed_encoding_keeps_the_old_cache(tmp_path):
     with pytest.raises(ValueError, match='NaN'): encode_latents(tokenizer, source, tmp_path/'cache', progress=False)
     assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity).index == index
     assert [p.name for p in tmp_path.iterdir()] == ['cache']
+
+
+def test_a_cache_of_other_images_is_not_reused(tmp_path):
+    count = lambda split: (prepare_latents(PRESETS['digits'], ImageSource('digits', 16, split), tmp_path/'cache', progress=False), len(LatentDataset(tmp_path/'cache')))[1]
+    assert count('train') == 1438
+    stamp = (tmp_path/'cache'/'index.json').stat().st_mtime_ns
+    assert count('train') == 1438 and (tmp_path/'cache'/'index.json').stat().st_mtime_ns == stamp
+    assert count('test') == 359
 
 
 def test_flips_are_latents_of_mirrored_images(tmp_path):
