@@ -9,7 +9,11 @@ __all__ = ['to_tensor', 'ImageSource', 'encode_latents', 'LatentDataset']
 import hashlib
 import io
 import json
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -51,49 +55,102 @@ class ImageSource:
         split: str = 'train' # split of a hub data set or of the digits
     ):
         self.source, self.size, self.split, self.skipped = str(source), size, split, []
-        if self.source != 'digits': self._rows = self._open()
+        if size < 1: raise ValueError(f'size must be at least 1 pixel, got {size}')
+        if self.source == 'digits': self._digits = digits_images(split)
+        else: self._rows = self._open()
 
     def _open(self):
         import datasets
-        path = Path(self.source)
-        if path.suffix == '.parquet' and path.exists(): rows = datasets.load_dataset('parquet', data_files=self.source, split='train', streaming=True)
-        elif path.is_dir():
-            known = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-            if not any(f.suffix.lower() in known for f in path.rglob('*')): raise FileNotFoundError(f'folder {path} holds no images')
-            rows = datasets.load_dataset('imagefolder', data_dir=self.source, split='train', streaming=True)
-        elif path.suffix or path.is_absolute(): raise FileNotFoundError(f'no images at {path}: give a folder, a .parquet file or the name of a data set')
-        else:
-            try: rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
-            except Exception as e: raise FileNotFoundError(f'{self.source!r} is neither a folder nor a file, and no such data set could be reached on the hub ({type(e).__name__})') from e
+        from datasets.utils.logging import is_progress_bar_enabled
+        path, loud = Path(self.source), is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            if path.suffix == '.parquet' and path.exists(): rows = datasets.load_dataset('parquet', data_files=self.source, split='train', features=_parquet_features(path))
+            elif path.is_dir():
+                known = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+                if not any(f.suffix.lower() in known for f in path.rglob('*')): raise FileNotFoundError(f'folder {path} holds no images')
+                rows = datasets.load_dataset('imagefolder', data_dir=self.source, split='train')
+            elif path.suffix or path.is_absolute(): raise FileNotFoundError(f'no images at {path}: give a folder, a .parquet file or the name of a data set')
+            else:
+                try: rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
+                except Exception as e: raise FileNotFoundError(f'{self.source!r} is neither a folder nor a file, and no such data set could be reached on the hub ({type(e).__name__})') from e
+        finally:
+            if loud: datasets.enable_progress_bars()
         return rows.cast_column('image', datasets.Image(decode=False))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        self.skipped = []
-        if self.source == 'digits':
-            images, labels = digits_images(self.split)
-            yield from zip(images, labels.tolist())
-            return
-        for n, row in enumerate(self._rows):
-            cell, name = row['image'], row['image'].get('path') or f'row {n}'
+    def __len__(self) -> int:
+        "Rows, readable or not. Raises `TypeError` for a data set streamed from the hub."
+        return len(self._digits[1]) if self.source == 'digits' else len(self._rows)
+
+    def _read(self, row: dict, n: int) -> tuple[Tensor, int] | str:
+        "Image and label of a row, or why it cannot be read."
+        cell = row['image']
+        name = Path(cell.get('path') or f'row {n}').name
+        try:
+            with Image.open(io.BytesIO(cell['bytes']) if cell.get('bytes') else cell['path']) as image: return to_tensor(image, self.size), int(row.get('label') or 0)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e: return f'{name}: {type(e).__name__}'
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]: # image [3, size, size] in [-1, 1], label
+        "One image by number. Raises `ValueError` naming it if it cannot be read."
+        if self.source == 'digits': return self._digits[0][n], int(self._digits[1][n])
+        found = self._read(self._rows[int(n)], n)
+        if isinstance(found, str): raise ValueError(f'image {n} of {self.source} cannot be read: {found}')
+        return found
+
+    def stream(self,
+        order: Tensor | None = None, # numbers of the images in the order wanted; None means all, as they lie
+        limit: int | None = None     # stop after so many readable images
+    ) -> Iterator[tuple[Tensor, int]]:
+        "Images and labels, decoded by a few threads ahead of their use; at most 64 wait in memory."
+        self.skipped, given = [], 0
+        if self.source == 'digits': rows = iter(range(len(self)) if order is None else order.tolist())
+        elif order is None: rows = enumerate(self._rows)
+        else: rows = ((n, self._rows[n]) for n in order.tolist())
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1)//2)) as pool:
+            waiting = deque()
+            read = (lambda n: self[n]) if self.source == 'digits' else (lambda row: self._read(row[1], row[0]))
             try:
-                with Image.open(io.BytesIO(cell['bytes']) if cell.get('bytes') else cell['path']) as image: x = to_tensor(image, self.size)
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
-                self.skipped.append(f'{Path(name).name}: {type(e).__name__}')
-                continue
-            yield x, int(row.get('label') or 0)
+                while given != limit:
+                    for row in islice(rows, 64 - len(waiting)): waiting.append(pool.submit(read, row))
+                    if not waiting: return
+                    found = waiting.popleft().result()
+                    if isinstance(found, str): self.skipped.append(found)
+                    else:
+                        given += 1
+                        yield found
+            finally:
+                for w in waiting: w.cancel()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]: return self.stream()
+
+    def shuffled(self,
+        seed: int = 0 # of the permutation
+    ) -> Tensor | None: # numbers for `stream` and `batches`; None for a data set streamed from the hub, which keeps its own order
+        "A random order of the images: folders are sorted by class, and their beginning is no sample of the whole."
+        try: return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        except TypeError: return None
 
     def batches(self,
-        batch_size: int # images per batch; the last one may be smaller
+        batch_size: int,             # images per batch; the last one may be smaller
+        order: Tensor | None = None, # as for `stream`
+        limit: int | None = None     # as for `stream`
     ) -> Iterator[tuple[Tensor, Tensor]]: # (images [B, 3, H, W], labels [B])
         "Images and labels in batches."
-        images, labels = [], []
-        for x, y in self:
-            images.append(x)
-            labels.append(y)
-            if len(images) == batch_size:
-                yield torch.stack(images), torch.tensor(labels)
-                images, labels = [], []
-        if images: yield torch.stack(images), torch.tensor(labels)
+        rows = self.stream(order, limit)
+        while batch := list(islice(rows, batch_size)):
+            images, labels = zip(*batch)
+            yield torch.stack(images), torch.tensor(labels)
+
+def _parquet_features(path: Path):
+    "Column types of a parquet file; class names are left aside, since those of ImageNet repeat and `datasets` refuses that."
+    import datasets
+    import pyarrow.parquet as pq
+    try: schema = pq.read_schema(path)
+    except Exception as e: raise ValueError(f'{path} is no readable parquet file: {type(e).__name__}') from e
+    if 'image' not in schema.names: raise ValueError(f'{path} has no column "image", only {", ".join(schema.names)}')
+    features = datasets.Features.from_arrow_schema(schema.remove_metadata())
+    features['image'] = datasets.Image(decode=False)
+    return features
 
 # %% ../nbs/06_latents.ipynb #9d3d2170
 @torch.no_grad()
