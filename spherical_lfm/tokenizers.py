@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['VAVAE_CONFIG', 'DATA', 'TOKENIZERS', 'atomic_write', 'write_json', 'LatentTransform', 'Tokenizer', 'digits_images',
            'show_images', 'save_grid', 'digits_autoencoder', 'psnr', 'channel_stats', 'train_digits_tokenizer',
-           'AutoencoderTAEF2', 'convert_ldm_autoencoder', 'load_tokenizer', 'measure_statistics', 'standardise']
+           'AutoencoderTAEF2', 'convert_ldm_autoencoder', 'hub_file', 'load_tokenizer', 'measure_statistics',
+           'channel_rows', 'standardise']
 
 # %% ../nbs/02_tokenizers.ipynb #8b4c3863
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -26,6 +30,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
+from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -523,6 +528,22 @@ TOKENIZERS = {
     'taef2': ('madebyollin/taef2', None, 'taef2'),
 }
 
+# %% ../nbs/02_tokenizers.ipynb #2ee8d733
+@functools.cache
+def _hub_answers() -> bool:
+    "Whether the Hugging Face hub can be reached, asked once: its client would try for half a minute at every file."
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method='HEAD'), timeout=5): return True
+    except urllib.error.HTTPError: return True
+    except OSError: return False
+
+def hub_file(
+    repository: str, # 'owner/name'
+    name: str        # a file in it
+) -> Path: # where it lies in the cache
+    "A file of the Hugging Face hub, downloaded once. Raises `OSError` of the hub's client if it is neither cached nor to be had."
+    return Path(hf_hub_download(repository, name, local_files_only=not _hub_answers()))
+
 # %% ../nbs/02_tokenizers.ipynb #be6b1b54
 _FILES = {'vavae': ('vavae-imagenet256-f16d32-dinov2.pt', 'latents_stats.pt'), 'taef2': ('taef2_encoder.safetensors', 'taef2_decoder.safetensors')}
 
@@ -535,8 +556,7 @@ def _files(place: str | Path, format: str) -> list[Path]:
             if not local.exists(): raise FileNotFoundError(f'{local} is missing: a {format} tokenizer needs {" and ".join(_FILES[format])} in one folder')
             found.append(local)
             continue
-        from huggingface_hub import hf_hub_download
-        try: found.append(Path(hf_hub_download(place, name)))
+        try: found.append(hub_file(place, name))
         except Exception as e:
             raise FileNotFoundError(f'{name} of {place} is neither in the Hugging Face cache nor could it be downloaded ({type(e).__name__}): connect to the network once, '
                                     f'or put {" and ".join(_FILES[format])} into a folder and give its path') from e
@@ -575,12 +595,13 @@ def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Mo
     absent = FileNotFoundError(
         f'no autoencoder at {where}: wanted config.json and diffusion_pytorch_model.safetensors, looked there and in the Hugging Face cache; '
         'give the path of a local diffusers folder, or connect to the network once to download it')
-    try: config = AutoencoderKL.load_config(folder, subfolder=subfolder)
+    cached = not Path(folder).exists() and not _hub_answers()
+    try: config = AutoencoderKL.load_config(folder, subfolder=subfolder, local_files_only=cached)
     except OSError as e: raise absent from e
     name = config.get('_class_name', '')
     cls = AutoencoderTAEF2 if name == 'AutoencoderTAEF2' else getattr(diffusers, name, None) if name.startswith('Autoencoder') else None
     if cls is None: raise ValueError(f'{where}/config.json names {name!r}, which is not a diffusers autoencoder')
-    try: model, info = cls.from_pretrained(folder, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
+    try: model, info = cls.from_pretrained(folder, subfolder=subfolder, use_safetensors=True, output_loading_info=True, local_files_only=cached)
     except ImportError as e: raise ValueError(f'{name} needs a package that is not installed: {str(e).strip().splitlines()[0]}') from e
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         if isinstance(e, OSError) and not (Path(where)/'diffusion_pytorch_model.safetensors').exists(): raise absent from e
@@ -628,13 +649,20 @@ def measure_statistics(
     pack: int = 1               # measure channels after packing blocks of this side
 ) -> RunningMoments: # one column per channel
     "Mean and spread per latent channel over a stream of images; `merge` those of several processes. Raises `ValueError` if the stream is empty."
-    plain, moments = _plain(tokenizer, pack), None
+    moments = None
     for x in batches:
-        z = plain(tokenizer.raw_latents(x))
-        moments = moments or RunningMoments(z.shape[1])
-        moments.update(z.movedim(1, -1).flatten(0, -2))
+        rows = channel_rows(tokenizer, tokenizer.raw_latents(x), pack)
+        moments = (moments or RunningMoments(rows.shape[1])).update(rows)
     if moments is None: raise ValueError('no images have been seen: there are no statistics')
     return moments
+
+def channel_rows(
+    tokenizer: Tokenizer, # whose scale and shift to use
+    raw: Tensor,          # from `raw_latents` [B, c, h, w]
+    pack: int = 1         # pack blocks of this side first
+) -> Tensor: # [tokens, channels]
+    "Latents as the rows that `RunningMoments` takes: what `measure_statistics` measures."
+    return _plain(tokenizer, pack)(raw).movedim(1, -1).flatten(0, -2)
 
 def standardise(
     tokenizer: Tokenizer,     # left as it is
