@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['command', 'slfm_compare', 'slfm_demo', 'slfm_encode', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_train',
-           'slfm_sample', 'slfm_evaluate', 'time_ratio', 'slfm_bench']
+           'slfm_sample', 'slfm_evaluate', 'time_ratio', 'bench_paths', 'bench_tokenizer', 'slfm_bench']
 
 # %% ../nbs/12_cli.ipynb #03069e57
 import functools
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +22,7 @@ import torch
 from fastcore.script import anno_parser
 
 from .decoder import FinetuneConfig
-from .experiments import compare, decoder_name, analyze_study, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
+from .experiments import compare, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
 from .fidelity import evaluate
 from .latents import ImageSource, LatentDataset, encode_latents
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
@@ -269,7 +271,8 @@ def slfm_evaluate(
 def time_ratio(
     numerator: Callable,   # what is judged
     denominator: Callable, # against what
-    rounds: int = 30       # alternating runs of each
+    rounds: int = 30,      # alternating runs of each
+    warmup: int = 3        # runs of each beforehand
 ) -> dict: # 'ratio' (median of pairwise ratios), 'numerator_ms', 'denominator_ms' (medians)
     "Median time ratio of two functions, measured alternately after a warm-up; waits for CUDA."
     def clock(f):
@@ -277,23 +280,71 @@ def time_ratio(
         f()
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter() - start
-    for _ in range(3): clock(numerator), clock(denominator)
+    for _ in range(warmup): clock(numerator), clock(denominator)
     pairs = [(clock(numerator), clock(denominator)) for _ in range(rounds)]
     a, b = zip(*pairs)
     return {'ratio': statistics.median(x/y for x, y in pairs), 'numerator_ms': statistics.median(a)*1e3, 'denominator_ms': statistics.median(b)*1e3}
 
-@command
-def slfm_bench(
-    what: str = 'paths', # paths: slerp's interpolate against linear's, compiled, on [256, 32, 16, 16]
-    rounds: int = 30,    # alternating runs
-    out: str = ''        # JSON file for the result; empty prints only
-):
-    "Speed ratios measured in one run on this machine."
-    if what != 'paths': raise ValueError(f'unknown benchmark {what!r}: choose paths')
+def bench_paths(
+    rounds: int = 30 # alternating runs
+) -> dict: # a `time_ratio`
+    "slerp's interpolate against linear's, both compiled, on [256, 32, 16, 16]."
     g = torch.Generator().manual_seed(0)
     z0, z1 = (project(torch.randn(256, 32, 16, 16, generator=g)).to(_device()) for _ in range(2))
     t = torch.rand(256, generator=g).to(_device())
     slerp, linear = (torch.compile(p.interpolate) for p in (SlerpPath(), LinearPath()))
-    result = {'what': "compiled interpolate, slerp over linear, [256, 32, 16, 16] float32"} | time_ratio(lambda: slerp(z0, z1, t), lambda: linear(z0, z1, t), rounds) | {'environment': environment()}
+    return {'what': 'compiled interpolate, slerp over linear, [256, 32, 16, 16] float32'} | time_ratio(lambda: slerp(z0, z1, t), lambda: linear(z0, z1, t), rounds)
+
+@torch.no_grad()
+def bench_tokenizer(
+    tokenizer: str,       # a name or a folder with an autoencoder
+    images: str,          # image source; a small one is gone through several times
+    size: int = 256,      # side of the images in pixels
+    count: int = 256,     # images per pass
+    batch_size: int = 32, # images per encoder call
+    rounds: int = 5       # alternating passes
+) -> dict: # 'analyze', 'encode': each a `time_ratio` against the bare encoder; 'peak_memory'
+    "What surrounds the encoder, as a ratio: decoding of image files, transforms, statistics and writing on one side, the bare encoder loop over the same images in memory on the other; and the peak memory of 1,000 and 10,000 images."
+    tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
+    order = torch.arange(count) % len(source)
+    batches = [x for x, _ in source.batches(batch_size, order)]
+    if not batches: raise ValueError(f'{images} gave no readable image')
+    def bare():
+        for x in batches: tok.autoencoder.encode(x.to(_device()))
+    analyze = lambda: analyze_tokens(tok, source, count, order=order, batch_size=batch_size, progress=False)
+    with tempfile.TemporaryDirectory() as tmp:
+        encode = lambda: encode_latents(tok, source, f'{tmp}/latents', False, batch_size, progress=False, order=order)
+        result = {'analyze': time_ratio(analyze, bare, rounds, warmup=1), 'encode': time_ratio(encode, bare, rounds, warmup=1)}
+    peak = {str(n): _peak_of_analysis(tokenizer, images, size, batch_size, n) for n in (1000, 10_000)}
+    return {'what': f'streaming over the bare encoder loop, {tok.name}, {count} images of {size} px in batches of {batch_size}'} | result | {'peak_memory': {'images': peak, 'unit': 'MiB', 'ratio': round(peak['10000']/peak['1000'], 4)}}
+
+def _peak_of_analysis(tokenizer: str, images: str, size: int, batch_size: int, count: int) -> int:
+    "Peak resident memory in MiB of a fresh process that analyses so many images."
+    call = [sys.executable, '-c', 'import sys; from spherical_lfm.cli import _analyse_and_report as f; f(*sys.argv[1:3], *map(int, sys.argv[3:]))', tokenizer, images, str(size), str(batch_size), str(count)]
+    return int(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+def _analyse_and_report(tokenizer: str, images: str, size: int, batch_size: int, count: int):
+    import resource # not on Windows
+    source = ImageSource(images, size)
+    analyze_tokens(load_tokenizer(tokenizer, spherical=False, device=_device()), source, count, order=torch.arange(count) % len(source), hold=512, batch_size=batch_size, progress=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak//(2**20 if sys.platform == 'darwin' else 2**10))
+
+@command
+def slfm_bench(
+    what: str,                   # paths: slerp's interpolate against linear's; tokenizer: streaming against the bare encoder loop, and memory
+    rounds: int = 0,             # alternating runs; 0 takes 30 for paths, 5 for tokenizer
+    tokenizer: str = 'digits',   # for tokenizer: a name or a folder with an autoencoder
+    images: str = 'digits',      # for tokenizer: image source
+    size: int = 256,             # for tokenizer: side of the images in pixels
+    count: int = 256,            # for tokenizer: images per pass
+    batch_size: int = 32,        # for tokenizer: images per encoder call
+    out: str = ''                # JSON file for the result; empty prints only
+):
+    "Speed ratios measured in one run on this machine."
+    if what == 'paths': result = bench_paths(rounds or 30)
+    elif what == 'tokenizer': result = bench_tokenizer(tokenizer, images, size, count, batch_size, rounds or 5)
+    else: raise ValueError(f'unknown benchmark {what!r}: choose paths or tokenizer')
+    result |= {'environment': environment()}
     if out: write_json(out, result)
     print(json.dumps(result, indent=1))

@@ -327,12 +327,13 @@ def analyze_tokens(
     hold: int = 2048,           # measured statistics come from so many images at most, whose latents wait in memory meanwhile
     batch_size: int = 32,       # images per encoder call
     seed: int = 0,              # of the order of images and the noise
+    order: Tensor | None = None,# numbers of the images; None draws a random order
     progress: bool = True       # show a progress bar
 ) -> tuple[Tokenizer, TokenStatistics, TokenStatistics]: # the tokenizer in its flow coordinates; raw and processed tokens
     "Token lengths and path geometry over a stream of images, each encoded once, on every process of `torch.distributed` a share; memory does not grow with `limit`. Raises `ValueError` if no image can be read."
     state = PartialState()
     rank, world = state.process_index, state.num_processes
-    order = source.shuffled(seed)
+    order = source.shuffled(seed) if order is None else order
     if order is not None: order = order[rank::world]
     elif world > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
     own = wants_statistics(tokenizer, statistics)
@@ -351,7 +352,7 @@ def analyze_tokens(
         held.clear()
 
     if not own: settle()
-    bar = tqdm(total=share(min(limit, len(source)) if order is not None else limit), desc=f'encoding with {tokenizer.name}', unit='image', disable=not (progress and state.is_main_process))
+    bar = tqdm(total=min(share(limit), len(order)) if order is not None else limit, desc=f'encoding with {tokenizer.name}', unit='image', disable=not (progress and state.is_main_process))
     for x, _ in source.batches(batch_size, order, share(limit)):
         z = tokenizer.raw_latents(x)
         raw.update(z)
@@ -477,6 +478,7 @@ def finetune_study(
     if not PartialState().is_main_process: return {}
     features, used = _rfid_features(extractor)
     distances, missing = get_distances('lpips-vgg,lpips-alex', strict=False)
+    distances['mse'] = lambda a, b: (a - b).square().mean((1, 2, 3))
     try: distances['efficientnet-perceptual'] = efficientnet_distance()
     except ConnectionError as e: missing['efficientnet-perceptual'] = str(e)
     measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder)

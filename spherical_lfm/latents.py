@@ -187,6 +187,7 @@ def encode_latents(
     flip: bool = True,         # encode mirrored images as well (not for digits or letters)
     batch_size: int = 64,      # images per encoder call
     shard_size: int = 4096,    # images per file
+    order: Tensor | None = None, # numbers of the images; None means all, as they lie
     progress: bool = True      # show a progress bar
 ) -> dict: # the index
     "Encode a source into latent shards. Raises `ValueError` if there is no image, `OSError` if the folder cannot be written; an old cache stays until the new one is complete."
@@ -204,7 +205,7 @@ def encode_latents(
                 shards.append({'file': name, 'count': len(tensors['y']), 'bytes': (tmp/name).stat().st_size, 'sha256': _sha256(tmp/name)})
                 held.clear()
 
-            for x, y in tqdm(source.batches(batch_size), desc=f'encoding with {tokenizer.name}', unit='batch', disable=not progress):
+            for x, y in tqdm(source.batches(batch_size, order), desc=f'encoding with {tokenizer.name}', unit='batch', disable=not progress):
                 x = x.to(where)
                 rows = {'z': tokenizer.encode(x).cpu(), 'y': y}
                 if flip: rows['z_flip'] = tokenizer.encode(x.flip(-1)).cpu()

@@ -12,6 +12,7 @@ __all__ = ['DISTANCES', 'SWAPS', 'swap_radius', 'swap_direction', 'population_me
 # %% ../nbs/03_probes.ipynb #18318a74
 import importlib.resources
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +96,10 @@ def lpips_distance(
 ) -> Callable: # (images, images) -> [B]
     "LPIPS as a distance between images in [-1, 1]. Raises `ConnectionError` if the backbone's weights cannot be had."
     import lpips
-    try: model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of how lpips calls torchvision
+            model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
     except OSError as e:
         raise ConnectionError(f'LPIPS needs the ImageNet weights of {net} from torchvision, which could not be downloaded ({e}): connect once, '
                               f'put them into {Path(torch.hub.get_dir()).name}/checkpoints of the torch cache, or choose another distance') from e
@@ -104,8 +108,12 @@ def lpips_distance(
 def feature_distance(
     features: Callable # images [B, 3, H, W] -> features [B, f]
 ) -> Callable: # (images, images) -> [B], in [0, 2]
-    "One minus the cosine between features: a semantic distance."
-    return lambda a, b: 1 - F.cosine_similarity(features(a), features(b))
+    "One minus the cosine between features: a semantic distance. Features of the first images are kept for the next call: one anchor is usually compared with many others."
+    kept = [None, None]
+    def distance(a, b):
+        if kept[0] is not a: kept[:] = a, features(a)
+        return 1 - F.cosine_similarity(kept[1], features(b))
+    return distance
 
 # %% ../nbs/03_probes.ipynb #c4f5a17f
 def efficientnet_lite0() -> nn.Module: # timm's `tf_efficientnet_lite0`, in eval mode, frozen

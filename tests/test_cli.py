@@ -11,7 +11,7 @@ from spherical_lfm.latents import ImageSource, encode_latents
 from spherical_lfm.tokenizers import load_tokenizer
 
 BIN = Path(sys.executable).parent
-COMMANDS = ['slfm_demo', 'slfm_compare', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'slfm_bench']
+COMMANDS = ['slfm_demo', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_compare', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'slfm_bench']
 
 
 def call(*args, **env):

@@ -73,7 +73,7 @@ def test_failed_encoding_keeps_the_old_cache(tmp_path):
     tokenizer = load_tokenizer('digits')
     index = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, progress=False)
     source = ImageSource('digits')
-    source.batches = lambda n: iter([(torch.full((2, 3, 16, 16), torch.nan), torch.zeros(2, dtype=torch.long))])
+    source.batches = lambda n, order=None: iter([(torch.full((2, 3, 16, 16), torch.nan), torch.zeros(2, dtype=torch.long))])
     with pytest.raises(ValueError, match='NaN'): encode_latents(tokenizer, source, tmp_path/'cache', progress=False)
     assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity).index == index
     assert [p.name for p in tmp_path.iterdir()] == ['cache']

@@ -1,0 +1,102 @@
+"""The study of a real tokenizer on real photographs behind chapters 01, 03 and 04: TAEF2 on CIFAR-10 and ImageNet samples.
+
+    python scripts/study_taef2.py                      everything, about three hours on two CPU cores
+    python scripts/study_taef2.py --stages probes      one stage
+    python scripts/study_taef2.py --scale 0.01 --out DIR   a tiny rehearsal elsewhere
+
+The folder MATERIAL holds what cannot be shipped: taef2/taef2_{encoder,decoder}.safetensors, cifar10_{train,test}.parquet and
+imagenet_samples_256.parquet (columns image and label). What was finished in RUNS is reused.
+"""
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from spherical_lfm.decoder import reconstruction_metrics
+from spherical_lfm.experiments import environment
+from spherical_lfm.latents import ImageSource
+from spherical_lfm.tokenizers import Tokenizer, load_tokenizer, measure_statistics, standardise, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(command: str, *args):
+    "One of the package's commands, in a process of its own."
+    print(command, *args, flush=True)
+    subprocess.run([str(BIN/command), *map(str, args)], check=True)
+
+
+def keep(out: Path, **files):
+    "Copy what notebooks read: name=path."
+    out.mkdir(parents=True, exist_ok=True)
+    for name, path in files.items(): shutil.copyfile(path, out/f'{name}{path.suffix}')
+
+
+def geometry(material: Path, runs: Path, out: Path, scaled):
+    "Lengths and paths: digits, and TAEF2 on small and on large photographs."
+    folder, count = runs/'analysis', scaled(2048)
+    run('slfm_analyze', 'digits', 'digits', '--out', folder, '--size', 16, '--count', count)
+    for name, images, size in (('taef2, CIFAR-10 64 px', 'cifar10_train.parquet', 64), ('taef2, ImageNet 256 px', 'imagenet_samples_256.parquet', 256)):
+        run('slfm_analyze', material/'taef2', material/images, '--out', folder, '--size', size, '--name', name, '--count', count if size == 64 else scaled(250))
+    keep(out, geometry=folder/'analysis.json')
+
+
+def probes(material: Path, runs: Path, out: Path, scaled):
+    "Swaps, sensitivity and layers of length; and two photographs that may be shown."
+    run('slfm_probe', material/'taef2', material/'cifar10_test.parquet', '--out', runs/'probe-cifar', '--size', 64, '--count', scaled(1024), '--sensitivity_count', scaled(128))
+    run('slfm_probe', material/'taef2', material/'imagenet_samples_256.parquet', '--out', runs/'probe-imagenet', '--count', scaled(250), '--neighbours', 'any', '--sensitivity_count', scaled(32), '--batch_size', 8)
+    photos = runs/'photos'
+    photos.mkdir(parents=True, exist_ok=True)
+    for name in ('china.jpg', 'flower.jpg'): Image.fromarray(load_sample_image(name)).save(photos/name, quality=95)
+    shutil.copytree(runs/'probe-imagenet'/'start', runs/'probe-photos'/'start', dirs_exist_ok=True) # two photographs are too few for statistics
+    run('slfm_probe', material/'taef2', photos, '--out', runs/'probe-photos', '--neighbours', 'any', '--distances', 'pixel', '--sensitivity_count', 2)
+    keep(out, probe_cifar10=runs/'probe-cifar'/'probe.json', probe_imagenet=runs/'probe-imagenet'/'probe.json', probe_cifar10_strip=runs/'probe-cifar'/'strip.png', probe_photos_strip=runs/'probe-photos'/'strip.png')
+
+
+def projection(material: Path, runs: Path, out: Path, scaled):
+    "What projection costs with the original decoder, by the coordinates in which it is done."
+    result = {}
+    for name, images, size, count in (('CIFAR-10 64 px', 'cifar10_test.parquet', 64, scaled(512)), ('ImageNet 256 px', 'imagenet_samples_256.parquet', 256, scaled(48))):
+        source, plain = ImageSource(material/images, size), load_tokenizer(material/'taef2')
+        photos = torch.stack([x for x, _ in source.stream(source.shuffled(0), count)])
+        moments = {pack: measure_statistics(plain, photos.split(16), pack) for pack in (1, 2)}
+        coordinates = {'as the encoder emits them': plain, 'standardised, d = 32': standardise(plain, moments[1]), 'standardised, packed 2 x 2, d = 128': standardise(plain, moments[2], 2, unpack=False)}
+        result[name] = {'original': reconstruction_metrics(plain, photos, batch_size=16)}
+        for which, t in coordinates.items(): result[name][which] = reconstruction_metrics(Tokenizer(t.autoencoder, t.transform, spherical=True), photos, batch_size=16)
+    write_json(runs/'projection.json', {'reconstruction': result, 'environment': environment([0])})
+    keep(out, projection=runs/'projection.json')
+
+
+def decoder(material: Path, runs: Path, out: Path, scaled):
+    "The decoder for the sphere and its control on CIFAR-10 at 64 px."
+    run('slfm_finetune', material/'taef2', material/'cifar10_train.parquet', runs/'cifar-taef2', '--held_out', material/'cifar10_test.parquet', '--held_out_count', scaled(2048), '--size', 64,
+        '--steps', scaled(2500), '--batch_size', 8, '--perceptual', 'efficientnet', '--discriminator_start', scaled(1500), '--checkpoint_every', scaled(250))
+    keep(out, decoder_cifar10=runs/'cifar-taef2'/'evaluation.json', decoder_cifar10_strip=runs/'cifar-taef2'/'strip.png')
+
+
+def bench(material: Path, runs: Path, out: Path, scaled):
+    "What streaming costs beside the encoder."
+    run('slfm_bench', 'tokenizer', '--tokenizer', material/'taef2', '--images', material/'cifar10_train.parquet', '--size', 64, '--count', scaled(256), '--out', runs/'bench_tokenizer.json')
+    keep(out, bench_tokenizer=runs/'bench_tokenizer.json')
+
+
+STAGES = {f.__name__: f for f in (geometry, probes, projection, decoder, bench)}
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--material', type=Path, default=Path('material'), help='folder with weights and photographs')
+    parser.add_argument('--runs', type=Path, default=Path('runs'), help='folder for runs')
+    parser.add_argument('--out', type=Path, default=ROOT/'data'/'results', help='folder for what notebooks read')
+    parser.add_argument('--scale', type=float, default=1., help='fraction of images and steps')
+    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES), help='which parts, in this order')
+    args = parser.parse_args()
+    wanted = ['taef2/taef2_encoder.safetensors', 'taef2/taef2_decoder.safetensors', 'cifar10_train.parquet', 'cifar10_test.parquet', 'imagenet_samples_256.parquet']
+    missing = [n for n in wanted if not (args.material/n).exists()]
+    if missing: sys.exit(f'{args.material} lacks {", ".join(missing)}')
+    for stage in args.stages: STAGES[stage](args.material, args.runs, args.out, lambda n: max(4, round(n*args.scale)))
