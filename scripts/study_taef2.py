@@ -75,7 +75,7 @@ def projection(material: Path, runs: Path, out: Path, scaled):
 
 def decoder(material: Path, runs: Path, out: Path, scaled):
     "The decoder for the sphere and its control on CIFAR-10 at 64 px."
-    run('slfm_finetune', material/'taef2', material/'cifar10_train.parquet', runs/'cifar-taef2', '--held_out', material/'cifar10_test.parquet', '--held_out_count', scaled(2048), '--size', 64,
+    run('slfm_finetune', material/'taef2', material/'cifar10_train.parquet', runs/'cifar-taef2', '--held_out', material/'cifar10_test.parquet', '--held_out_count', scaled(1024), '--size', 64,
         '--steps', scaled(2500), '--batch_size', 8, '--perceptual', 'efficientnet', '--discriminator_start', scaled(1500), '--checkpoint_every', scaled(250))
     keep(out, decoder_cifar10=runs/'cifar-taef2'/'evaluation.json', decoder_cifar10_strip=runs/'cifar-taef2'/'strip.png')
 

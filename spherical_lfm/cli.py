@@ -24,7 +24,7 @@ from fastcore.script import anno_parser
 from .decoder import FinetuneConfig
 from .experiments import compare, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
 from .fidelity import evaluate
-from .latents import ImageSource, LatentDataset, encode_latents
+from .latents import ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .sampling import LatentFlowPipeline, load_run, sample, tokenizer_for
 from .sphere import project
@@ -107,7 +107,9 @@ def slfm_encode(
     batch_size: int = 64     # images per encoder call
 ):
     "Encode images once into latent shards with checksums and the tokenizer's identity."
-    index = encode_latents(load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size), out, not no_flip, batch_size)
+    tok = load_tokenizer(tokenizer, spherical=False, device=_device())
+    if wants_statistics(tok): print(f'{tok.name} brings no statistics, so its latents are stored as they are; slfm_finetune measures some and keeps them in its tokenizer folders', file=sys.stderr)
+    index = encode_latents(tok, ImageSource(images, size), out, not no_flip, batch_size)
     print(f'{index["count"]} images of {index["shape"]} in {len(index["shards"])} shards at {out}, {len(index["source"]["skipped"])} skipped')
     for name in index['source']['skipped'][:10]: print(f'  skipped {name}')
 

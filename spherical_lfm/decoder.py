@@ -313,7 +313,9 @@ class DecoderTrainer(ResumableRun):
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         device, n = self.accelerator.device, self.accelerator.num_processes
         if c.batch_size % n: raise ValueError(f'batch_size {c.batch_size} cannot be divided among {n} processes')
-        if len(images) < 1: raise ValueError('there are no images to finetune on')
+        try: found = len(images)
+        except TypeError as e: raise ValueError('a data set streamed from the hub cannot be read in random order: download it to a folder or a parquet file first') from e
+        if not found: raise ValueError('there are no images to finetune on')
         perceptual = _perceptual(c.perceptual)
         self.perceptual = perceptual or (lambda a, b: torch.zeros(len(a), device=device))
         self.tokenizer = copy.deepcopy(tokenizer).requires_grad_(False).to(device)
@@ -457,7 +459,8 @@ def reconstruction_metrics(
     features: Callable | None = None,    # images -> [B, f], for rFID; None leaves it out
     distances: dict | None = None,       # further figures: name -> (images, images) -> [B]
     decoder: Tokenizer | None = None,    # decode with another tokenizer of the same latents
-    batch_size: int = 64                 # images at a time
+    batch_size: int = 64,                # images at a time
+    reference: Tensor | None = None      # features of the images where they are known already [N, f]
 ) -> dict: # {'psnr', 'ssim', 'rfid', names of `distances`, 'count'}
     "Reconstruction quality over a set of images. Raises `ValueError` if `decoder` belongs to other latents or there are no images."
     decoder = decoder or tokenizer
@@ -469,8 +472,9 @@ def reconstruction_metrics(
         x = x.to(where)
         y = decoder.decode(tokenizer.encode(x)).clamp(-1, 1)
         for k, measure in measures.items(): rows[k].append(measure(y, x).cpu())
-        if features: real.append(features(x).cpu()), fake.append(features(y).cpu())
+        if features: fake.append(features(y).cpu())
+        if features and reference is None: real.append(features(x).cpu())
     if not rows['psnr']: raise ValueError('there are no images to measure on')
     result = {k: torch.cat(v).mean().item() for k, v in rows.items()}
-    if features: result['rfid'] = frechet_distance(torch.cat(real), torch.cat(fake))
+    if features: result['rfid'] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
     return result | {'count': sum(len(v) for v in rows['psnr'])}

@@ -481,7 +481,8 @@ def finetune_study(
     distances['mse'] = lambda a, b: (a - b).square().mean((1, 2, 3))
     try: distances['efficientnet-perceptual'] = efficientnet_distance()
     except ConnectionError as e: missing['efficientnet-perceptual'] = str(e)
-    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder)
+    known = None if features is None else torch.cat([features(x) for x in held_out.split(64)])
+    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known)
     result = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
     if len(arms) == 2:
         spherical, control = pipelines['finetuned spherical'], pipelines['finetuned control']

@@ -54,7 +54,7 @@ class ImageSource:
         size: int = 256,     # side in pixels (digits are always 16)
         split: str = 'train' # split of a hub data set or of the digits
     ):
-        self.source, self.size, self.split, self.skipped = str(source), size, split, []
+        self.source, self.size, self.split, self.skipped, self._classes = str(source), size, split, [], {}
         if size < 1: raise ValueError(f'size must be at least 1 pixel, got {size}')
         if self.source == 'digits': self._digits = digits_images(split)
         else: self._rows = self._open()
@@ -76,6 +76,8 @@ class ImageSource:
                 except Exception as e: raise FileNotFoundError(f'{self.source!r} is neither a folder nor a file, and no such data set could be reached on the hub ({type(e).__name__})') from e
         finally:
             if loud: datasets.enable_progress_bars()
+        if 'label' in (rows.features or {}) and getattr(rows.features['label'], 'dtype', '') == 'string' and hasattr(rows, 'unique'):
+            self._classes = {name: n for n, name in enumerate(sorted(x for x in rows.unique('label') if x is not None))}
         return rows.cast_column('image', datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -87,8 +89,13 @@ class ImageSource:
         cell = row['image']
         name = Path(cell.get('path') or f'row {n}').name
         try:
-            with Image.open(io.BytesIO(cell['bytes']) if cell.get('bytes') else cell['path']) as image: return to_tensor(image, self.size), int(row.get('label') or 0)
+            with Image.open(io.BytesIO(cell['bytes']) if cell.get('bytes') else cell['path']) as image: return to_tensor(image, self.size), self._label(row)
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e: return f'{name}: {type(e).__name__}'
+
+    def _label(self, row: dict) -> int:
+        "Class of a row; names are numbered in alphabetical order, rows without one are class 0."
+        label = row.get('label')
+        return self._classes[label] if label in self._classes else int(label or 0)
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]: # image [3, size, size] in [-1, 1], label
         "One image by number. Raises `ValueError` naming it if it cannot be read."

@@ -612,7 +612,7 @@ def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Mo
 
 # %% ../nbs/02_tokenizers.ipynb #1fc92739
 def load_tokenizer(
-    name_or_path: str | Path,           # a name in `TOKENIZERS`, or a folder in one of the formats above
+    name_or_path: str | Path,           # a name in `TOKENIZERS`, or a folder in one of the formats above (or a file in it)
     spherical: bool | None = None,      # project tokens; None means what the folder records, else False
     device: str | torch.device = 'cpu', # where to put it
     dtype: torch.dtype = torch.float32, # of weights and activations; geometry is float32 in any case
@@ -626,6 +626,7 @@ def load_tokenizer(
     if known is None and not Path(name_or_path).exists():
         raise FileNotFoundError(f'{name_or_path!r} is neither a known tokenizer ({", ".join(TOKENIZERS)}) nor an existing folder: give a name or the path of a diffusers autoencoder folder')
     place, subfolder, format = known if isinstance(known, tuple) else (known or Path(name_or_path), None, None)
+    if format is None and place.is_file(): place = place.parent
     if place == TOKENIZERS['digits']: place = place/('spherical' if spherical else 'vanilla')
     format, packed, transform = format or _format(place), packed or name_or_path == 'flux2-packed', None
     if format == 'diffusers': model = _load_autoencoder(place, subfolder)

@@ -344,6 +344,23 @@ def test_every_kind_of_image_is_read_or_named(zoo, tmp_path):
     with pytest.raises(ValueError, match='cannot be read: text.png'): source[[Path(r['image']['path']).name for r in source._rows].index('text.png')]
 
 
+def test_parquet_with_names_as_labels_and_files_that_are_not_parquet(tmp_path):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    def png(colour):
+        b = io.BytesIO()
+        Image.new('RGB', (20, 20), colour).save(b, 'png')
+        return {'bytes': b.getvalue(), 'path': f'{colour}.png'}
+    pq.write_table(pa.table({'image': [png('red'), png('blue'), png('lime')], 'label': ['plum', 'apple', 'plum']}), tmp_path/'named.parquet')
+    assert [y for _, y in ImageSource(tmp_path/'named.parquet', 16)] == [1, 0, 1]
+    pq.write_table(pa.table({'picture': [1]}), tmp_path/'other.parquet')
+    with pytest.raises(ValueError, match='no column "image"'): ImageSource(tmp_path/'other.parquet', 16)
+    (tmp_path/'broken.parquet').write_bytes(b'PAR1 and nothing else')
+    with pytest.raises(ValueError, match='no readable parquet file'): ImageSource(tmp_path/'broken.parquet', 16)
+
+
 def test_one_bad_image_among_many(tmp_path):
     from spherical_lfm.experiments import analyze_study
     images, _ = tk.digits_images('train')
