@@ -462,7 +462,7 @@ def finetune_study(
     held_out: Tensor | None = None,         # images [M, 3, H, W] neither decoder is trained on; None takes the first of `images`
     extractor: str = 'auto',                # features for rFID: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
     progress: bool = True                   # show progress bars
-) -> dict: # 'pipelines', 'decoder_swap', 'seconds', 'protocol', 'environment'
+) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
     "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises as `finetune_decoder` does."
     unknown = set(arms) - {'spherical', 'control'}
     if unknown or not arms: raise ValueError(f'arms must be among spherical and control, got {", ".join(arms) or "none"}')
