@@ -328,8 +328,9 @@ def show_images(
     from torchvision.utils import make_grid
     grid = make_grid(images.detach().float().cpu().clamp(-1, 1)/2 + .5, nrow=columns, padding=1, pad_value=.5)
     if ax is None:
-        rows = -(-len(images)//columns)
-        ax = plt.subplots(figsize=(min(columns, len(images))*.55, rows*.55 + .3*bool(title)), layout='constrained')[1]
+        rows, across = -(-len(images)//columns), min(columns, len(images))
+        side = min(max(.55, images.shape[-1]/128), 11/across) # inches: large images get more room, as far as the page allows
+        ax = plt.subplots(figsize=(max(across*side, 4 if title else 0), rows*side + .3*bool(title)), layout='constrained')[1]
     ax.imshow(grid.permute(1, 2, 0), interpolation='nearest')
     ax.set_title(title, fontsize=10)
     ax.axis('off')
