@@ -98,7 +98,8 @@ def merge_over_processes(
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return part
     parts = [None]*torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, part)
-    return functools.reduce(lambda a, b: a.merge(b), [p for p in parts if p is not None])
+    seen = [p for p in parts if p is not None]
+    return functools.reduce(lambda a, b: a.merge(b), seen) if seen else None
 
 # %% ../nbs/01_concentration.ipynb #bec96883
 def plot_norms(

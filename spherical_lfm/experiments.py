@@ -336,22 +336,24 @@ def analyze_tokens(
     order = source.shuffled(seed) if order is None else order
     if order is not None: order = order[rank::world]
     elif world > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
-    own = wants_statistics(tokenizer, statistics)
+    measured = wants_statistics(tokenizer, statistics)
     share = lambda n: -(-n//world)
+    unreadable = lambda: ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
     moments, held, processed = None, [], None
     raw = TokenStatistics(tokenizer.raw_channels)
 
     def settle():
         "Decide on statistics, and work off what has waited for them."
         nonlocal tokenizer, moments, processed
-        if own:
+        if measured:
             moments = merge_over_processes(moments)
+            if moments is None: raise unreadable()
             tokenizer = standardise(tokenizer, moments, pack)
         processed = TokenStatistics(tokenizer.d, TIMES, seed + rank)
-        for z in held: processed.update(tokenizer.transform(z))
+        for z in held: processed.update(tokenizer.transform(z.to(tokenizer.transform.mean.device)))
         held.clear()
 
-    if not own: settle()
+    if not measured: settle()
     bar = tqdm(total=min(share(limit), len(order)) if order is not None else limit, desc=f'encoding with {tokenizer.name}', unit='image', disable=not (progress and state.is_main_process))
     for x, _ in source.batches(batch_size, order, share(limit)):
         z = tokenizer.raw_latents(x)
@@ -365,11 +367,14 @@ def analyze_tokens(
         moments = (moments or RunningMoments(rows.shape[1])).update(rows)
         if sum(len(h) for h in held) >= share(hold): settle()
     bar.close()
-    if processed is None:
-        if moments is None and world == 1: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
-        settle()
-    if not raw.lengths.count and world == 1: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
-    return tokenizer, merge_over_processes(raw), merge_over_processes(processed)
+    if processed is None: settle()
+    if world > 1:
+        parts = [None]*world
+        torch.distributed.all_gather_object(parts, source.skipped)
+        source.skipped = [name for part in parts for name in part]
+    raw = merge_over_processes(raw)
+    if not raw.lengths.count: raise unreadable()
+    return tokenizer, raw, merge_over_processes(processed)
 
 def analyze_study(
     tokenizer: Tokenizer,   # vanilla

@@ -664,7 +664,7 @@ def channel_rows(
     pack: int = 1         # pack blocks of this side first
 ) -> Tensor: # [tokens, channels]
     "Latents as the rows that `RunningMoments` takes: what `measure_statistics` measures."
-    return _plain(tokenizer, pack)(raw).movedim(1, -1).flatten(0, -2)
+    return _plain(tokenizer, pack).to(raw.device)(raw).movedim(1, -1).flatten(0, -2)
 
 def standardise(
     tokenizer: Tokenizer,     # left as it is
