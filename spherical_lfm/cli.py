@@ -325,12 +325,17 @@ def _peak_of_analysis(tokenizer: str, images: str, size: int, batch_size: int, c
     call = [sys.executable, '-c', 'import sys; from spherical_lfm.cli import _analyse_and_report as f; f(*sys.argv[1:3], *map(int, sys.argv[3:]))', tokenizer, images, str(size), str(batch_size), str(count)]
     return int(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
 
+def _peak_memory() -> int:
+    "Peak resident memory of this process in MiB."
+    status = Path('/proc/self/status')
+    if status.exists(): return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith('VmHWM'))//2**10
+    import resource # starts from the parent's peak on Linux, hence the line above; not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//(2**20 if sys.platform == 'darwin' else 2**10)
+
 def _analyse_and_report(tokenizer: str, images: str, size: int, batch_size: int, count: int):
-    import resource # not on Windows
     source = ImageSource(images, size)
     analyze_tokens(load_tokenizer(tokenizer, spherical=False, device=_device()), source, count, order=torch.arange(count) % len(source), hold=512, batch_size=batch_size, progress=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak//(2**20 if sys.platform == 'darwin' else 2**10))
+    print(_peak_memory())
 
 @command
 def slfm_bench(

@@ -281,9 +281,9 @@ def test_batches_are_split_to_fit_and_give_the_same(monkeypatch):
 
 
 MEMORY = '''
-import resource, torch
+import torch
+from spherical_lfm.cli import _peak_memory as peak
 from spherical_lfm.tokenizers import AutoencoderTAEF2, Tokenizer, _activation_bytes
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 t = Tokenizer(AutoencoderTAEF2().requires_grad_(False))
 t.decode(t.encode(torch.zeros(1, 3, 64, 64)))
 before = peak()
@@ -407,20 +407,10 @@ def test_partners_where_one_class_is_alone(zoo, tmp_path):
 
 # --- streaming ---
 
-PEAK = '''
-import resource, torch
-from spherical_lfm.experiments import analyze_tokens
-from spherical_lfm.latents import ImageSource
-from spherical_lfm.tokenizers import load_tokenizer
-source = ImageSource('digits', 16)
-_, raw, processed = analyze_tokens(load_tokenizer('digits'), source, {count}, 'measure', order=torch.arange({count}) % len(source), hold=500, progress=False)
-assert processed.summary()['images'] == {count}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-'''
-
 def test_memory_does_not_grow_with_the_number_of_images():
-    peak = {n: int(subprocess.run([sys.executable, '-c', PEAK.format(count=n)], capture_output=True, text=True, check=True, env=ENV, timeout=300).stdout) for n in (1000, 10_000)}
-    assert peak[10_000] < 1.03*peak[1000], peak
+    from spherical_lfm.cli import _peak_of_analysis
+    peak = {n: _peak_of_analysis('digits', 'digits', 16, 32, n) for n in (1000, 10_000)}
+    assert 200 < peak[10_000] < 1.03*peak[1000], peak
 
 
 def test_two_processes_see_what_one_sees(tmp_path):
