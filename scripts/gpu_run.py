@@ -32,7 +32,7 @@ def main(out: Path, rehearse: bool, material: Path | None):
     with tempfile.TemporaryDirectory() as tmp: write_json(out/'gpu_digits.json', compare(preset, tuple(ARMS), tmp))
     if material:
         with tempfile.TemporaryDirectory() as tmp:
-            subprocess.run([sys.executable, str(ROOT/'scripts'/'study_taef2.py'), '--material', str(material), '--runs', tmp, '--out', str(out/'gpu'), '--scale', '0.002' if rehearse else '1'], check=True)
+            subprocess.run([sys.executable, str(ROOT/'scripts'/'study_taef2.py'), '--material', str(material), '--runs', tmp, '--out', str(out/'gpu'), '--scale', '0.02' if rehearse else '1'], check=True)
 
 
 if __name__ == '__main__':
