@@ -26,7 +26,7 @@ from .experiments import compare, decoder_name, analyze_study, analyze_tokens, e
 from .fidelity import evaluate
 from .latents import ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
-from .sampling import LatentFlowPipeline, load_run, sample, tokenizer_for
+from .sampling import SphericalSiTPipeline, load_run, sample, tokenizer_for
 from .sphere import project
 from .tokenizers import atomic_write, load_tokenizer, save_grid, write_json
 from .training import TrainConfig, Trainer
@@ -93,7 +93,7 @@ def slfm_demo(
     for arm in chosen:
         folder = Path(out)/arm/'pipeline'
         if not folder.exists():
-            with atomic_write(folder) as tmp: LatentFlowPipeline.from_run(Path(out)/arm, tokenizer=decoder_name(get_preset('digits'), arm)).save_pretrained(tmp)
+            with atomic_write(folder) as tmp: SphericalSiTPipeline.from_run(Path(out)/arm, tokenizer=decoder_name(get_preset('digits'), arm)).save_pretrained(tmp)
     _print_report(report, out)
 
 # %% ../nbs/12_cli.ipynb #155f6c94
@@ -246,7 +246,7 @@ def slfm_sample(
     model, path, record = load_run(run, device=_device())
     tok = tokenizer_for(record, tokenizer or None, _device())
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
-    z = sample(model, path, y, steps=steps, method=method, guidance=guidance, generator=torch.Generator().manual_seed(seed), progress=True)
+    z = sample(model, path, y, steps=steps, method=method, guidance=guidance, seed=seed, progress=True)
     with torch.no_grad(): images = torch.cat([tok.decode(x).cpu() for x in z.split(64)])
     for n, (x, c) in enumerate(zip(images, y.tolist())):
         with atomic_write(Path(out)/f'{c:04d}'/f'{n:06d}.png') as f: to_pil_image(x.clamp(-1, 1)/2 + .5).save(f)

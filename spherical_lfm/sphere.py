@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_norm', 'project', 'check_tokens', 'tangent', 'angle', 'geodesic', 'slerp', 'slerp_velocity', 'exp_map',
-           'log_map', 'transport', 'sample_sphere']
+           'log_map', 'transport', 'pullback', 'sample_sphere']
 
 # %% ../nbs/00_sphere.ipynb #8e00cac8
 import math
@@ -237,6 +237,23 @@ def transport(
     overlap = (v.to(wide)*w.to(wide)).sum(dim, keepdim=True).to(v.dtype)
     share = torch.where(frame[4], (v*middle).sum(dim, keepdim=True), overlap/frame[3])
     return (v - 2*share*middle).to(out)
+
+# %% ../nbs/00_sphere.ipynb #27566e26
+def pullback(
+    z: Tensor,   # points, tokens along `dim`
+    u: Tensor,   # tangent vectors at `z`, shorter than πR
+    v: Tensor,   # tangent vectors at exp_z(u)
+    dim: int = 1 # the token axis
+) -> Tensor: # tangent vectors at `z`
+    "The change of `u` that moves exp_z(u) with velocity `v`. The factor θ/sin θ is held at 10, which it reaches at θ = 2.86, so that values stay finite up to the antipode, where the map ends."
+    if not z.shape == u.shape == v.shape: raise ValueError(f'shapes must agree, got {tuple(z.shape)}, {tuple(u.shape)}, {tuple(v.shape)}')
+    z, u, v, out = _lift(z, u, v)
+    radius, length = token_norm(z, dim, keepdim=True), token_norm(u, dim, keepdim=True)
+    theta = length/torch.where(radius > 0, radius, 1)
+    e = u/torch.where(length > 0, length, 1)
+    ahead = theta.cos()*e - theta.sin()*z/torch.where(radius > 0, radius, 1)
+    along = (v*ahead).sum(dim, keepdim=True)*(length > 0)
+    return (along*e + (v - along*ahead)/_sinc(theta).clamp_min(.1)).to(out)
 
 # %% ../nbs/00_sphere.ipynb #c2121288
 def sample_sphere(
