@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environme
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
+import hashlib
 import html
 import importlib.metadata
 import io
@@ -17,6 +18,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,7 +59,7 @@ class Preset:
     curve_samples: int = 10_000   # and for each point of FID over steps
     reference_count: int | None = None # real images they are compared with; None means all
     extractor: str = 'inception'  # a key of `EXTRACTORS`
-    precision: str = 'float32'    # of sampling, decoding and features: 'float32' or 'bf16'
+    precision: str = 'float32'    # of encoding, sampling, decoding and features: 'float32' or 'bf16'
     reported: tuple = ()          # fields that the paper reports; all others are our choice
     note: str = ''                # what it reproduces
 
@@ -77,7 +79,7 @@ PRESETS = {
                      control='digits-control', sample_steps=50, samples=1438, curve_samples=320, extractor='digits', note="scikit-learn's digits, 1,438 training images"),
     'cifar10-taef2': Preset(**_CIFAR, train=dict(model='SiT-S/1', steps=50_000, batch_size=256, lr=2e-4, warmup=1000, ema_decay=.9995, precision='bf16', compile=True, checkpoint_every=10_000),
                             note='CIFAR-10 at 64 px through TAEF2, 64 tokens, for one GPU'),
-    'cifar10-taef2-small': Preset(**_CIFAR, train=dict(model='SiT-Ti/2', steps=2400, batch_size=64, lr=1e-3, warmup=200, ema_decay=.995, checkpoint_every=800, log_every=50),
+    'cifar10-taef2-small': Preset(**_CIFAR, train=dict(model='SiT-Ti/2', steps=2400, batch_size=64, lr=1e-3, warmup=200, ema_decay=.995, flip=False, checkpoint_every=800, log_every=50),
                                   samples=2000, curve_samples=1000, reference_count=5000, note='CIFAR-10 at 64 px through TAEF2, 16 tokens of 2 x 2 positions: a size for two CPU cores'),
     'flux2-b2': _paper('flux2', 'SiT-B/2', (1., 1.5)),
     'flux2-xl2': _paper('flux2', 'SiT-XL/2', (1., 1.5)),
@@ -175,17 +177,19 @@ def score(
     decoder: str | None = None,  # another tokenizer to decode with; None takes the arm's
     progress: bool = True        # show a progress bar
 ) -> dict: # figures and 'protocol'; 'accuracy', the share classified as the class asked for, with the digit extractor
-    "Sample from a checkpoint and score; features are kept in the run folder, so that an interrupted call goes on."
+    "Sample from a checkpoint and score; features wait in the run folder until all are there, so that an interrupted call goes on."
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model, path, record = load_run(run, step, device)
     if not exponential: path = arm_path(arm, path.project_velocity, False)
     decoder = decoder or decoder_name(preset, arm)
-    tokenizer = load_tokenizer(decoder, spherical=path.spherical, device=device)
+    tokenizer = load_tokenizer(decoder, spherical=path.spherical or decoder != decoder_name(preset, 'vanilla-linear'), device=device) # the spherical decoder projects whatever it gets
     if tokenizer.latent_identity != record['data']['tokenizer']['latent_identity']: raise ValueError(f'tokenizer {tokenizer.name} does not share the latents of {run}')
     y = labels[torch.arange(count)*len(labels)//count] if count < len(labels) else labels[torch.arange(count) % len(labels)]
-    with _autocast(preset.precision):
-        found = generate(Path(run)/'features', model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress,
-                         steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
+    options = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
+    folder = Path(run)/'features'/hashlib.sha256(repr((step, count, seed, exponential, decoder, options)).encode()).hexdigest()[:12]
+    with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress, **options)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process: shutil.rmtree(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
     figures = score_features(found, reference, metrics)
     if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
     figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
@@ -257,7 +261,7 @@ def prepare_latents(
         index = json.loads((folder/'index.json').read_text())
         found = index['tokenizer']['latent_identity'], index['flip'], index['source']['kind'], index['source']['split'], index['source']['size'][0]
     except (FileNotFoundError, json.JSONDecodeError, KeyError): found = None
-    if found != wanted: encode_latents(tokenizer, source, folder, flip=flip, progress=progress)
+    if found != wanted: encode_latents(tokenizer, source, folder, flip=flip, precision=preset.precision, progress=progress)
     return tokenizer
 
 def compare(

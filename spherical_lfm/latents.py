@@ -204,15 +204,17 @@ def encode_latents(
     shard_size: int = 4096,       # images per file
     order: Tensor | None = None,  # numbers of the images; None means all, as they lie
     dtype: str = 'float32',       # 'float32' or 'bf16' on disk
+    precision: str = 'float32',   # 'float32' or 'bf16' (autocast) in the encoder
     progress: bool = True         # show a progress bar
 ) -> dict: # the index
     "Encode a source into latent shards, on every process a share, keeping shards that an earlier call finished. Raises `ValueError` if there is no image, `OSError` if the folder cannot be written; an old cache stays until the new one is complete."
-    if dtype not in DTYPES: raise ValueError(f'dtype must be float32 or bf16, got {dtype!r}')
+    for what, value in (('dtype', dtype), ('precision', precision)):
+        if value not in DTYPES: raise ValueError(f'{what} must be float32 or bf16, got {value!r}')
     state, out = PartialState(), Path(out)
     part = out.parent/f'.{out.name}.partial'
     numbers = _numbers(source, order)
     if numbers is None and state.num_processes > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
-    plan = {'format': 2, 'flip': flip, 'dtype': dtype, 'shard_size': shard_size, 'tokenizer': {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity},
+    plan = {'format': 2, 'flip': flip, 'dtype': dtype, 'precision': precision, 'shard_size': shard_size, 'tokenizer': {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity},
             'source': {'kind': Path(source.source).name, 'split': source.split, 'size': [source.size]*2 if source.source != 'digits' else [16, 16]},
             'order': None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}
     if state.is_main_process:
@@ -225,7 +227,7 @@ def encode_latents(
     for k, rows, skipped in _chunks(source, numbers, shard_size, state.process_index, state.num_processes):
         name = f'latents-{k:05d}'
         if not _note(part/f'{name}.json'):
-            tensors = _encode(tokenizer, rows, flip, batch_size, DTYPES[dtype])
+            tensors = _encode(tokenizer, rows, flip, batch_size, DTYPES[dtype], precision)
             note = {'count': len(tensors['y']) if tensors else 0, 'skipped': skipped(), 'done': True}
             if tensors:
                 file = part/f'{name}.safetensors'
@@ -267,14 +269,15 @@ def _chunks(source: ImageSource, numbers: Tensor | None, size: int, rank: int, w
         before, k = len(source.skipped), k + 1
 
 @torch.no_grad()
-def _encode(tokenizer: Tokenizer, rows: Iterator, flip: bool, batch_size: int, dtype: torch.dtype) -> dict:
+def _encode(tokenizer: Tokenizer, rows: Iterator, flip: bool, batch_size: int, dtype: torch.dtype, precision: str) -> dict:
     "Latents and labels of some images; empty if none could be read."
     where, held = next(tokenizer.parameters()).device, []
     spherical, tokenizer.spherical = tokenizer.spherical, False
     try:
         while batch := list(islice(rows, batch_size)):
             x, y = torch.stack([x for x, _ in batch]).to(where), torch.tensor([y for _, y in batch])
-            held.append({'z': tokenizer.encode(x).to(dtype).cpu(), 'y': y} | ({'z_flip': tokenizer.encode(x.flip(-1)).to(dtype).cpu()} if flip else {}))
+            with torch.autocast(where.type, torch.bfloat16, enabled=precision == 'bf16'):
+                held.append({'z': tokenizer.encode(x).to(dtype).cpu(), 'y': y} | ({'z_flip': tokenizer.encode(x.flip(-1)).to(dtype).cpu()} if flip else {}))
     finally: tokenizer.spherical = spherical
     return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
 

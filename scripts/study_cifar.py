@@ -1,0 +1,139 @@
+"""The matched experiment on photographs behind chapter 11: CIFAR-10 at 64 px through TAEF2, the four arms and what the paper's last row confounds.
+
+    python scripts/study_cifar.py                                    on a GPU: preset cifar10-taef2
+    python scripts/study_cifar.py --preset cifar10-taef2-small --workers 2   on two CPU cores
+    python scripts/study_cifar.py --preset cifar10-taef2-small --scale 0.01 --out DIR   a tiny rehearsal
+
+MATERIAL holds cifar10_train.parquet (columns image and label); DECODERS is what slfm_finetune left: spherical/tokenizer and
+control/tokenizer (scripts/study_taef2.py, stage decoder). What was finished in RUNS is reused. Results go to OUT.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from spherical_lfm.experiments import comparison_table, decoder_name, environment, get_preset, prepare_latents, reference_features, run_arm, score, steps_to_reach
+from spherical_lfm.latents import ImageSource, LatentDataset
+from spherical_lfm.paths import ARMS
+from spherical_lfm.tokenizers import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW = 'spherical-slerp without projection'
+COUNTS = (5, 10, 25, 50, 250)
+
+
+def setting(args):
+    "Preset with local decoders, at the wanted scale, and the images."
+    preset, scaled = get_preset(args.preset), lambda n: max(2, round(n*args.scale))
+    preset = replace(preset, tokenizer=str(args.decoders/'spherical'/'tokenizer'), control=str(args.decoders/'control'/'tokenizer'))
+    if args.scale != 1:
+        train = preset.train | dict(steps=3*scaled(preset.train['steps']//3), checkpoint_every=scaled(preset.train['steps']//3), log_every=1)
+        few = max(20, scaled(preset.samples))
+        preset = replace(preset, train=train, samples=few, curve_samples=few, reference_count=max(40, scaled(preset.reference_count or 50_000)), sample_steps=max(2, scaled(preset.sample_steps)))
+    return preset, ImageSource(args.material/'cifar10_train.parquet', preset.image_size)
+
+
+def folder(args, arm: str, seed: int) -> Path: return args.runs/f'{arm.replace(" ", "-")}-{seed}'
+
+
+def job(args, name: str):
+    "One piece of work in this process; its result is a JSON file in RUNS."
+    kind, *what = name.split(':')
+    preset, source = setting(args)
+    store = args.runs/'results'/f'{name.replace(":", "_").replace(" ", "-")}.json'
+    if store.exists(): return
+    if kind == 'prepare':
+        prepare_latents(preset, source, args.runs/'latents')
+        return
+    if kind == 'reference':
+        reference_features(preset, source, args.runs)
+        return
+    reference, latents = reference_features(preset, source, args.runs), args.runs/'latents'
+    labels = LatentDataset(latents).y
+    arm, seed = what[0], int(what[1])
+    base, run = 'spherical-slerp' if arm == RAW else arm, folder(args, arm, seed)
+    steps = preset.train['steps']
+    measure = lambda preset=preset, **more: score(run, steps, preset, base, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), **more)
+    if kind == 'train':
+        if arm == RAW: preset = replace(preset, train=preset.train | {'project_velocity': False})
+        result = run_arm(preset, base, latents, reference, run, seed, curve=arm != RAW) | {'arm': arm, 'seed': seed}
+    elif kind == 'sweep':
+        n, exponential = int(what[2]), what[3] == 'exponential'
+        result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **measure(replace(preset, sample_steps=n), exponential=exponential)}
+    elif kind == 'swap':
+        other = decoder_name(preset, 'vanilla-linear' if ARMS[base].spherical else 'spherical-slerp')
+        result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, 'own': measure(), 'swapped': measure(decoder=other)}
+    elif kind == 'precision': result = {'arm': arm, 'seed': seed, 'bf16': measure(), 'float32': measure(replace(preset, precision='float32'))}
+    write_json(store, result)
+
+
+def plan(args) -> dict:
+    "All jobs, stage by stage."
+    seeds = range(args.seeds)
+    return {
+        'latents': ['prepare'],
+        'reference': ['reference'],
+        'train': [f'train:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp', 'spherical-linear', 'vanilla-shell', RAW)],
+        'sweep': [f'sweep:{arm}:0:{n}:{how}' for n in COUNTS for arm in ('spherical-slerp', RAW) for how in ('exponential', 'renormalise')],
+        'swap': [f'swap:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp')] + ['precision:spherical-slerp:0'],
+    }
+
+
+def collect(args):
+    "Everything in one file, and a grid of samples per arm."
+    preset, _ = setting(args)
+    found = {k: [json.loads(f.read_text()) for f in sorted((args.runs/'results').glob(f'{k}_*.json'))] for k in ('train', 'sweep', 'swap', 'precision')}
+    rows = found.pop('train')
+    of = lambda s: {r['arm']: r for r in rows if r['seed'] == s and r['arm'] != RAW}
+    reached = {s: {arm: steps_to_reach(of(s), arm) for arm in of(s)} for s in sorted({r['seed'] for r in rows})}
+    curves = {f'{r["arm"]} {r["seed"]}': [{k: line[k] for k in ('step', 'loss_over_power', 'loss_q1', 'loss_q2', 'loss_q3', 'loss_q4', 'data_wait')} for line in map(json.loads, (folder(args, r['arm'], r['seed'])/'log.jsonl').read_text().splitlines()) if 'loss_over_power' in line] for r in rows}
+    every = lambda lines: lines[max(0, len(lines)//48 - 1)::max(1, len(lines)//48)]
+    described = {k: v for k, v in asdict(preset).items() if k not in ('tokenizer', 'control')}
+    name = args.out/f'{args.preset.replace("-", "_")}.json'
+    write_json(name, {'rows': rows, 'reached': reached, **found, 'losses': {k: every(v) for k, v in curves.items()}, 'preset': described, 'environment': environment(list(range(args.seeds)))})
+    for r in rows:
+        grid = folder(args, r['arm'], r['seed'])/'samples.png'
+        if r['seed'] == 0 and grid.exists(): shutil.copyfile(grid, args.out/f'{name.stem}_{r["arm"].replace(" ", "_").replace("-", "_")}.png')
+    print(comparison_table({f'{r["arm"]} {r["seed"]}': r for r in rows}).to_string(index=False))
+    print(f'results in {name}')
+
+
+def main(args):
+    "Stage after stage, several jobs at a time on a CPU."
+    here = [sys.executable, __file__, *sys.argv[1:]]
+    threads = {'OMP_NUM_THREADS': '1'} if args.workers > 1 else {}
+    def work(name):
+        print(name, flush=True)
+        several = ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(args.workers), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
+        call = [sys.executable, *(several if name == 'prepare' and args.workers > 1 else []), *here[1:], '--job', name]
+        subprocess.run(call, check=True, env=os.environ | threads)
+    for stage, jobs in plan(args).items():
+        if stage not in args.stages: continue
+        with ThreadPoolExecutor(args.workers) as pool: list(pool.map(work, jobs))
+    if 'collect' in args.stages: collect(args)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--preset', default='cifar10-taef2' if torch.cuda.is_available() else 'cifar10-taef2-small', help='cifar10-taef2 or cifar10-taef2-small')
+    parser.add_argument('--material', type=Path, default=Path('material'), help='folder with cifar10_train.parquet')
+    parser.add_argument('--decoders', type=Path, default=Path('runs/cifar-taef2'), help='what slfm_finetune left')
+    parser.add_argument('--runs', type=Path, default=Path('runs/cifar-study'), help='folder for runs')
+    parser.add_argument('--out', type=Path, default=ROOT/'data'/'results', help='folder for what notebooks read')
+    parser.add_argument('--seeds', type=int, default=2, help='seeds 0 to this minus one')
+    parser.add_argument('--workers', type=int, default=1, help='jobs at a time')
+    parser.add_argument('--scale', type=float, default=1., help='fraction of steps and samples')
+    parser.add_argument('--stages', nargs='+', default=['latents', 'reference', 'train', 'sweep', 'swap', 'collect'], help='which parts, in this order')
+    parser.add_argument('--job', help='one job only, as the script calls itself')
+    args = parser.parse_args()
+    if not (args.material/'cifar10_train.parquet').exists(): sys.exit(f'{args.material} lacks cifar10_train.parquet')
+    if not (args.decoders/'spherical'/'tokenizer').exists(): sys.exit(f'{args.decoders} lacks spherical/tokenizer: run scripts/study_taef2.py --stages decoder, or slfm_finetune')
+    if args.job: job(args, args.job)
+    else: main(args)
