@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 
 from spherical_lfm.experiments import comparison_table, decoder_name, environment, get_preset, prepare_latents, reference_features, run_arm, score, steps_to_reach
 from spherical_lfm.latents import ImageSource, LatentDataset
 from spherical_lfm.paths import ARMS
-from spherical_lfm.tokenizers import write_json
+from spherical_lfm.tokenizers import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = 'spherical-slerp without projection'
@@ -37,7 +38,12 @@ def setting(args):
         train = preset.train | dict(steps=3*scaled(preset.train['steps']//3), checkpoint_every=scaled(preset.train['steps']//3), log_every=1)
         few = max(20, scaled(preset.samples))
         preset = replace(preset, train=train, samples=few, curve_samples=few, reference_count=max(40, scaled(preset.reference_count or 50_000)), sample_steps=max(2, scaled(preset.sample_steps)))
-    return preset, ImageSource(args.material/'cifar10_train.parquet', preset.image_size)
+    images = args.material/'cifar10_train.parquet'
+    if args.scale != 1:
+        table, images = pq.read_table(images), args.runs/images.name
+        if not images.exists():
+            with atomic_write(images) as f: pq.write_table(table.slice(0, max(200, scaled(len(table)))), f)
+    return preset, ImageSource(images, preset.image_size)
 
 
 def folder(args, arm: str, seed: int) -> Path: return args.runs/f'{arm.replace(" ", "-")}-{seed}'
@@ -69,7 +75,7 @@ def job(args, name: str):
         result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **measure(replace(preset, sample_steps=n), exponential=exponential)}
     elif kind == 'swap':
         other = decoder_name(preset, 'vanilla-linear' if ARMS[base].spherical else 'spherical-slerp')
-        result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, 'own': measure(), 'swapped': measure(decoder=other)}
+        result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, **measure(decoder=other)}
     elif kind == 'precision': result = {'arm': arm, 'seed': seed, 'bf16': measure(), 'float32': measure(replace(preset, precision='float32'))}
     write_json(store, result)
 

@@ -16,14 +16,18 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from fastcore.script import anno_parser
+from tqdm.auto import tqdm
 
 from .decoder import FinetuneConfig
 from .experiments import compare, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
-from .fidelity import evaluate
+from .fidelity import all_parts, differences, extract_features, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
 from .latents import ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .sampling import SphericalSiTPipeline, load_run, sample, tokenizer_for
@@ -42,7 +46,7 @@ def command(
         warnings.filterwarnings('ignore', category=FutureWarning)
         try: work(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
         except InterruptedError as e: print(e, file=sys.stderr)
-        except torch.OutOfMemoryError: sys.exit(f'{work.__name__}: not enough memory on the device: lower the batch size')
+        except torch.OutOfMemoryError as e: sys.exit(f'{work.__name__}: {e if "step" in str(e) else "not enough memory on the device: lower the batch size"}')
         except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{work.__name__}: {e}')
         except KeyboardInterrupt: sys.exit(130)
     return run
@@ -66,20 +70,30 @@ def _print_report(report: dict, out: str):
     "The table of a comparison, and where the rest is."
     for arm, r in report['arms'].items():
         accuracy = '' if r['accuracy'] is None else f', accuracy {r["accuracy"]:.1%}'
-        print(f'{arm:>17}: FID {r["fid"]:.2f}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
+        guided = ''.join(f', with guidance {g["guidance"]} {g["fid"]:.2f}' for g in r['guided'][1:])
+        print(f'{arm:>17}: FID {r["fid"]:.2f}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
     print(f'pictures and details: {Path(out)/"report.html"}')
 
 # %% ../nbs/12_cli.ipynb #b4abe6d0
 @command
 def slfm_compare(
-    preset: str = 'digits',                        # which experiment
+    preset: str = 'digits',                        # which experiment: digits, cifar10-taef2, cifar10-taef2-small, flux2-b2, flux2-xl2, vavae-b1, vavae-xl1, repae-flux1-b2
     images: str = 'digits',                        # image source: digits, a folder, a .parquet file, or a hub data set
     arms: str = 'vanilla-linear,spherical-slerp',  # comma-separated arms, or all
     out: str = 'runs/compare',                     # output folder; what is finished there is reused
+    tokenizer: str = '',                           # name or folder of the tokenizer in place of the preset's, with the decoder for the sphere
+    control: str = '',                             # tokenizer with the equally finetuned decoder of the vanilla arms
+    steps: int = 0,                                # training steps in place of the preset's
+    samples: int = 0,                              # samples for the final figures in place of the preset's
+    no_curve: bool = False,                        # score the last checkpoint only
     seed: int = 0                                  # of training and sampling
 ):
-    "The matched comparison: train, sample and score each arm under one protocol, and write report.json and report.html."
-    _print_report(compare(preset, _arms(arms), out, images, seed), out)
+    "The matched comparison: train, sample and score each arm under one protocol, and write report.json, table.csv and report.html; also under `accelerate launch`."
+    chosen = get_preset(preset)
+    given = dict(tokenizer=tokenizer, control=control, samples=samples)
+    chosen = replace(chosen, **{k: v for k, v in given.items() if v}, **({'train': chosen.train | {'steps': steps}} if steps else {}))
+    report = compare(chosen, _arms(arms), out, images, seed, not no_curve)
+    if report: _print_report(report, out)
 
 @command
 def slfm_demo(
@@ -99,17 +113,22 @@ def slfm_demo(
 # %% ../nbs/12_cli.ipynb #155f6c94
 @command
 def slfm_encode(
-    tokenizer: str,          # a name or a diffusers autoencoder folder
-    images: str,             # image source: digits, a folder, a .parquet file, or a hub data set
-    out: str,                # folder for the latent shards
-    size: int = 256,         # side of the images in pixels
-    no_flip: bool = False,   # do not encode mirrored images
-    batch_size: int = 64     # images per encoder call
+    tokenizer: str,              # a name or a diffusers autoencoder folder
+    images: str,                 # image source: digits, a folder, a .parquet file, or a hub data set
+    out: str,                    # folder for the latent shards
+    size: int = 256,             # side of the images in pixels
+    no_flip: bool = False,       # do not encode mirrored images
+    dtype: str = 'float32',      # on disk: float32 or bf16
+    precision: str = 'float32',  # of the encoder: float32 or bf16
+    batch_size: int = 64,        # images per encoder call
+    shard_size: int = 4096,      # images per file
+    seed: int = 0                # of the random order in which images are stored; -1 keeps their own
 ):
-    "Encode images once into latent shards with checksums and the tokenizer's identity."
-    tok = load_tokenizer(tokenizer, spherical=False, device=_device())
+    "Encode images once into latent shards with checksums and the tokenizer's identity; also under `accelerate launch`. Interrupted, it goes on with the shards that are missing when the line is repeated."
+    tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
     if wants_statistics(tok): print(f'{tok.name} brings no statistics, so its latents are stored as they are; slfm_finetune measures some and keeps them in its tokenizer folders', file=sys.stderr)
-    index = encode_latents(tok, ImageSource(images, size), out, not no_flip, batch_size)
+    index = encode_latents(tok, source, out, not no_flip, batch_size, shard_size, source.shuffled(seed) if seed >= 0 else None, dtype, precision)
+    if not PartialState().is_main_process: return
     print(f'{index["count"]} images of {index["shape"]} in {len(index["shards"])} shards at {out}, {len(index["source"]["skipped"])} skipped')
     for name in index['source']['skipped'][:10]: print(f'  skipped {name}')
 
@@ -211,19 +230,35 @@ def slfm_train(
     steps: int = None,             # optimisation steps
     batch_size: int = None,        # images per step over all processes
     lr: float = None,              # learning rate
+    warmup: int = None,            # steps of linear warm-up
     ema_decay: float = None,       # of the weights used for sampling
+    max_grad_norm: float = None,   # clip gradients to this norm; 0 does not
+    label_dropout: float = None,   # share of labels replaced by the null class
+    time_sampling: str = None,     # uniform or logit-normal
+    time_shift: float = None,      # more than 1 trains more near the noise
+    coupling: str = None,          # independent, or transport: pair noise and data of a batch by the smallest summed angle
+    jacobi: bool = False,          # weight tokens of the arc by (sin x / x)^2, x = (1 - t) theta
     precision: str = None,         # float32 or bf16
     compile: bool = False,         # torch.compile the model and the path
+    accumulate: int = None,        # parts into which a process cuts its share of the batch: less memory
+    checkpointing: bool = False,   # recompute activations: less memory, a third more time
+    parallel: str = None,          # several processes: ddp or fsdp
     seed: int = 0,                 # of initialisation and every draw
     log_every: int = None,         # steps between lines of log.jsonl
-    checkpoint_every: int = None   # steps between checkpoints
+    checkpoint_every: int = None,  # steps between checkpoints
+    keep: int = None,              # newest checkpoints that are kept; 0 keeps all
+    resume: str = 'auto',          # auto: from the newest whole checkpoint; never: refuse a folder that has some; or a checkpoint folder
+    tensorboard: bool = False,     # write OUT/tensorboard as well
+    verify: bool = False           # compare checksums of the latents first
 ):
-    "Train one arm on cached latents; also under `accelerate launch` or `torchrun`. SIGTERM saves a checkpoint and exits with 0."
-    given = dict(model=model, steps=steps, batch_size=batch_size, lr=lr, ema_decay=ema_decay, precision=precision, compile=compile or None, log_every=log_every, checkpoint_every=checkpoint_every)
-    settings = (get_preset(preset).train if preset else {}) | {k: v for k, v in given.items() if v is not None}
+    "Train one arm on cached latents; also under `accelerate launch` or `torchrun`. SIGTERM and SIGUSR1 save a checkpoint and exit with 0."
+    given = dict(model=model, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, ema_decay=ema_decay, max_grad_norm=max_grad_norm, label_dropout=label_dropout, time_sampling=time_sampling, time_shift=time_shift,
+                 coupling=coupling, precision=precision, accumulate=accumulate, parallel=parallel, log_every=log_every, checkpoint_every=checkpoint_every, keep=keep)
+    switches = dict(jacobi=jacobi, compile=compile, checkpointing=checkpointing, tensorboard=tensorboard)
+    settings = (get_preset(preset).train if preset else {}) | {k: v for k, v in given.items() if v is not None} | {k: v for k, v in switches.items() if v}
     config = TrainConfig(arm=arm, seed=seed, **settings)
-    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical), out)
-    result = trainer.fit()
+    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical, verify=verify), out)
+    result = trainer.fit(resume=resume)
     if trainer.accelerator.is_main_process:
         state = 'stopped by a signal and saved' if result['stopped'] else 'done'
         print(f'{state} at step {result["step"]}, loss {result["final_loss"]}, checkpoint in {out}/checkpoints')
@@ -236,36 +271,58 @@ def slfm_sample(
     count: int = 40,           # images
     label: int = -1,           # class of all images; -1 goes through the classes in turn
     steps: int = 50,           # solver steps
-    method: str = 'euler',     # euler or heun
+    method: str = 'euler',     # euler, heun, rk4, adams2, adams3 or adaptive
     guidance: float = 1.,      # classifier-free guidance; 1 is none
+    guide_from: float = 0.,    # time at which guidance begins (0 is noise)
+    guide_to: float = 1.,      # time at which it ends
+    negative: int = -1,        # class to lead away from; -1 takes the null class
+    shift: float = 1.,         # more than 1 takes smaller steps near the noise
+    tolerance: float = 1e-2,   # of the adaptive method
+    precision: str = 'float32',# float32 or bf16
+    step: int = -1,            # checkpoint; -1 takes the newest
+    npz: bool = False,         # write OUT.npz in ADM's layout in place of PNG files
     tokenizer: str = '',       # tokenizer name or folder; empty takes the one the run was trained on
-    seed: int = 0              # of the noise
+    seed: int = 0              # of the noise: sample i depends on seed and i alone
 ):
-    "Sample images from a trained run: PNG files in one folder per class, and an overview beside it."
-    from torchvision.transforms.functional import to_pil_image
-    model, path, record = load_run(run, device=_device())
+    "Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it."
+    from torchvision.io import write_png
+    model, path, record = load_run(run, None if step < 0 else step, _device())
     tok = tokenizer_for(record, tokenizer or None, _device())
+    _dtype(precision)
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
-    z = sample(model, path, y, steps=steps, method=method, guidance=guidance, seed=seed, progress=True)
+    z = sample(model, path, y, steps=steps, method=method, guidance=guidance, interval=(guide_from, guide_to), negative=None if negative < 0 else negative, shift=shift, tolerance=tolerance, precision=precision, seed=seed, progress=True)
     with torch.no_grad(): images = torch.cat([tok.decode(x).cpu() for x in z.split(64)])
-    for n, (x, c) in enumerate(zip(images, y.tolist())):
-        with atomic_write(Path(out)/f'{c:04d}'/f'{n:06d}.png') as f: to_pil_image(x.clamp(-1, 1)/2 + .5).save(f)
+    if npz:
+        with atomic_write(f'{Path(out)}.npz') as f, open(f, 'wb') as h: np.savez(h, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy(), arr_1=y.numpy())
+    for n, (x, c) in enumerate(zip(to_uint8(images), y.tolist())) if not npz else ():
+        with atomic_write(Path(out)/f'{c:04d}'/f'{n:06d}.png') as f: write_png(x, str(f))
     grid = Path(f'{Path(out)}-grid.png') # beside the folder, which stays a clean image source
     save_grid(images[:100], grid)
-    print(f'{count} images in {out}, overview in {grid}')
+    print(f'{count} images in {Path(out)}{".npz" if npz else ""}, overview in {grid}')
 
 @command
 def slfm_evaluate(
-    samples: str,                   # image source of the samples
-    reference: str,                 # image source of the real images
-    extractor: str = 'inception',   # inception or digits
-    size: int = 256,                # side in pixels to which both are cropped and resized (bicubic)
+    samples: str,                   # image source of the samples, or an .npz with arr_0
+    reference: str,                 # image source of the real images, or an .npz with statistics (mu, sigma) or images (arr_0)
+    extractor: str = 'inception',   # inception, efficientnet or digits
+    size: int = 256,                # side in pixels to which both are cropped and resized (bicubic); an .npz keeps its own
+    bootstrap: int = 0,             # resamplings for a 95 % interval of the FID; 0 gives none
+    against: str = '',              # result of an earlier call: warn if the two cannot be compared
+    save_reference_to: str = '',    # keep the reference's statistics in this .npz
     out: str = ''                   # JSON file for the result; empty prints only
 ):
-    "FID, KID, IS, precision and recall of one image source against another."
-    load = lambda source: torch.cat([x for x, _ in ImageSource(source, size).batches(256)])
-    figures = evaluate(load(samples), load(reference), extractor, Path(reference).name)
-    figures['protocol']['resize'] = f'centre crop, bicubic to {size} px; then {figures["protocol"]["resize"]}'
+    "FID, sFID, KID, IS, precision and recall of one set of images against another."
+    parts = all_parts(extractor)
+    features = lambda source: extract_features(tqdm(source_batches(source, size), desc=f'features of {Path(source).name}', unit='batch'), extractor, parts=parts)
+    real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference)
+    if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
+    drawn = features(samples)
+    figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real)}
+    figures['protocol']['resize'] = f'{"none" if samples.endswith(".npz") else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
+    if against:
+        try: apart = differences(figures['protocol'], json.loads(Path(against).read_text())['protocol'])
+        except (json.JSONDecodeError, KeyError) as e: raise ValueError(f'{against} is no result of slfm_evaluate') from e
+        if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)
     if out: write_json(out, figures)
     print(json.dumps(figures, indent=1))
 

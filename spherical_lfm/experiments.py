@@ -80,7 +80,7 @@ PRESETS = {
     'cifar10-taef2': Preset(**_CIFAR, train=dict(model='SiT-S/1', steps=50_000, batch_size=256, lr=2e-4, warmup=1000, ema_decay=.9995, precision='bf16', compile=True, checkpoint_every=10_000),
                             note='CIFAR-10 at 64 px through TAEF2, 64 tokens, for one GPU'),
     'cifar10-taef2-small': Preset(**_CIFAR, train=dict(model='SiT-Ti/2', steps=2400, batch_size=64, lr=1e-3, warmup=200, ema_decay=.995, flip=False, checkpoint_every=800, log_every=50),
-                                  samples=2000, curve_samples=1000, reference_count=5000, note='CIFAR-10 at 64 px through TAEF2, 16 tokens of 2 x 2 positions: a size for two CPU cores'),
+                                  samples=1000, curve_samples=1000, reference_count=5000, note='CIFAR-10 at 64 px through TAEF2, 16 tokens of 2 x 2 positions: a size for two CPU cores'),
     'flux2-b2': _paper('flux2', 'SiT-B/2', (1., 1.5)),
     'flux2-xl2': _paper('flux2', 'SiT-XL/2', (1., 1.5)),
     'vavae-b1': _paper('vavae', 'SiT-B/1', (1., 1.5, 2.)),
@@ -220,15 +220,16 @@ def run_arm(
     def keep():
         if main: write_json(store, kept)
     labels = data.y.cpu()
-    for folder in checkpoints(out) if curve else []:
-        step = int(folder.name.removeprefix('step-'))
-        if step > config.steps or str(step) in kept['curve']: continue
-        kept['curve'][str(step)] = score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress)['fid']
-        keep()
     if kept.get('step') != config.steps: kept |= {'step': config.steps, 'final': {}}
     for guidance in preset.guidances:
         if str(guidance) in kept['final']: continue
         kept['final'][str(guidance)] = score(out, config.steps, preset, arm, reference, labels, preset.samples, guidance, seed, progress=progress)
+        keep()
+    for folder in checkpoints(out) if curve else []:
+        step = int(folder.name.removeprefix('step-'))
+        if step > config.steps or str(step) in kept['curve']: continue
+        known = step == config.steps and preset.samples == preset.curve_samples
+        kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))['fid']
         keep()
     if main and not (out/'samples.png').exists(): _overview(preset, arm, out, config.steps, labels, seed)
     final = [kept['final'][str(g)] for g in preset.guidances]
