@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'slfm_compare', 'slfm_demo', 'slfm_encode', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_train',
-           'slfm_sample', 'slfm_evaluate', 'time_ratio', 'bench_paths', 'bench_tokenizer', 'slfm_bench']
+           'slfm_sample', 'slfm_evaluate', 'time_all', 'ratio_of', 'time_ratio', 'bench_paths', 'matmul_floor',
+           'bench_train', 'bench_sample', 'bench_loader', 'bench_fidelity', 'bench_tokenizer', 'slfm_bench']
 
 # %% ../nbs/12_cli.ipynb #03069e57
 import functools
@@ -21,19 +22,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from fastcore.script import anno_parser
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from .concentration import processes
 from .decoder import FinetuneConfig
 from .experiments import compare, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
-from .fidelity import all_parts, differences, extract_features, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
-from .latents import ImageSource, LatentDataset, encode_latents, wants_statistics
+from .fidelity import all_parts, differences, extract_features, feature_function, generate, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
+from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
-from .sampling import SphericalSiTPipeline, load_run, sample, tokenizer_for
+from .sampling import METHODS, SphericalSiTPipeline, load_run, sample, tokenizer_for
+from .sit import SiT
 from .sphere import project
 from .tokenizers import atomic_write, load_tokenizer, save_grid, write_json
-from .training import TrainConfig, Trainer
+from .training import TrainConfig, Trainer, flow_loss, matmul_peak, model_flops
 
 # %% ../nbs/12_cli.ipynb #133a0885
 def command(
@@ -128,7 +133,7 @@ def slfm_encode(
     tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
     if wants_statistics(tok): print(f'{tok.name} brings no statistics, so its latents are stored as they are; slfm_finetune measures some and keeps them in its tokenizer folders', file=sys.stderr)
     index = encode_latents(tok, source, out, not no_flip, batch_size, shard_size, source.shuffled(seed) if seed >= 0 else None, dtype, precision)
-    if not PartialState().is_main_process: return
+    if not processes().is_main_process: return
     print(f'{index["count"]} images of {index["shape"]} in {len(index["shards"])} shards at {out}, {len(index["source"]["skipped"])} skipped')
     for name in index['source']['skipped'][:10]: print(f'  skipped {name}')
 
@@ -327,22 +332,39 @@ def slfm_evaluate(
     print(json.dumps(figures, indent=1))
 
 # %% ../nbs/12_cli.ipynb #3295595d
+def time_all(
+    works: dict,     # name -> function
+    rounds: int = 5, # runs of each, in turn
+    warmup: int = 1  # runs of each beforehand
+) -> dict: # name -> seconds of every round
+    "Run several functions in turn, so that all of them see the same machine; waits for CUDA."
+    def clock(work):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        return time.perf_counter() - start
+    for _ in range(warmup):
+        for work in works.values(): clock(work)
+    found = [{name: clock(work) for name, work in works.items()} for _ in range(rounds)]
+    return {name: [f[name] for f in found] for name in works}
+
+def ratio_of(
+    times: dict,      # from `time_all`
+    numerator: str,   # what is judged
+    denominator: str  # against what
+) -> float:
+    "Median of the ratios within rounds."
+    return statistics.median(a/b for a, b in zip(times[numerator], times[denominator]))
+
 def time_ratio(
     numerator: Callable,   # what is judged
     denominator: Callable, # against what
     rounds: int = 30,      # alternating runs of each
     warmup: int = 3        # runs of each beforehand
 ) -> dict: # 'ratio' (median of pairwise ratios), 'numerator_ms', 'denominator_ms' (medians)
-    "Median time ratio of two functions, measured alternately after a warm-up; waits for CUDA."
-    def clock(f):
-        start = time.perf_counter()
-        f()
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        return time.perf_counter() - start
-    for _ in range(warmup): clock(numerator), clock(denominator)
-    pairs = [(clock(numerator), clock(denominator)) for _ in range(rounds)]
-    a, b = zip(*pairs)
-    return {'ratio': statistics.median(x/y for x, y in pairs), 'numerator_ms': statistics.median(a)*1e3, 'denominator_ms': statistics.median(b)*1e3}
+    "Median time ratio of two functions, measured alternately after a warm-up."
+    times = time_all({'numerator': numerator, 'denominator': denominator}, rounds, warmup)
+    return {'ratio': ratio_of(times, 'numerator', 'denominator')} | {f'{k}_ms': statistics.median(v)*1e3 for k, v in times.items()}
 
 def bench_paths(
     rounds: int = 30 # alternating runs
@@ -353,6 +375,140 @@ def bench_paths(
     t = torch.rand(256, generator=g).to(_device())
     slerp, linear = (torch.compile(p.interpolate) for p in (SlerpPath(), LinearPath()))
     return {'what': 'compiled interpolate, slerp over linear, [256, 32, 16, 16] float32'} | time_ratio(lambda: slerp(z0, z1, t), lambda: linear(z0, z1, t), rounds)
+
+# %% ../nbs/12_cli.ipynb #7898a45e
+@torch.no_grad()
+def matmul_floor(
+    net: SiT,             # any size
+    batch: int,           # samples
+    precision: str        # 'float32' or 'bf16'
+) -> tuple[Callable, float]: # a function that does a training step's matrix products and nothing else, and its floating-point operations
+    "The linear layers and the attention of a SiT, forward and backward, as bare products."
+    c, device, dtype = net.config, next(net.parameters()).device, DTYPES[precision]
+    tokens, heads = (c.input_size//c.patch_size)**2, c.num_heads
+    wide, shapes = c.hidden_size, []
+    for m in net.modules():
+        if isinstance(m, nn.Linear): shapes.append((1, batch*(tokens if m.in_features != m.out_features/6 and m.out_features != 2*wide and m not in net.t_embedder.mlp else 1), m.in_features, m.out_features))
+    shapes.append((1, batch*tokens, c.in_channels*c.patch_size**2, wide))
+    shapes += [(batch*heads, tokens, wide//heads, tokens), (batch*heads, tokens, tokens, wide//heads)]*c.depth
+    draw = lambda *size: torch.randn(*size, device=device, dtype=dtype)
+    kept = {s: (draw(s[0], s[1], s[2]), draw(s[0], s[2], s[3]), draw(s[0], s[1], s[3])) for s in set(shapes)} # x [n, k], w [k, m], gradient [n, m]
+    def work():
+        for s in shapes:
+            x, w, g = kept[s]
+            for a, b in ((x, w), (g, w.transpose(1, 2)), (x.transpose(1, 2), g)): torch.bmm(a, b) if s[0] > 1 else a[0] @ b[0]
+    return work, float(sum(6*b*n*k*m for b, n, k, m in shapes))
+
+def bench_train(
+    model: str = 'SiT-S/2',      # a name of `SiT.from_name`
+    batch_size: int = 32,        # samples per step
+    side: int = 16,              # of the latents, 32 channels
+    precision: str = 'float32',  # 'float32' or 'bf16'
+    rounds: int = 5,             # steps of each kind, in turn
+    eager: bool = True           # time the step without torch.compile as well
+) -> dict: # JSON-ready
+    "Whole optimisation steps (draws from memory, loss, backward pass, AdamW, average) of slerp and linear, compiled, and of slerp without; against the bare matrix products of the same shapes and a large square one."
+    device = _device()
+    g = torch.Generator().manual_seed(0)
+    z0, z1 = (project(torch.randn(batch_size, 32, side, side, generator=g)).to(device) for _ in range(2))
+    t, y = torch.rand(batch_size, generator=g).to(device), torch.randint(10, (batch_size,), generator=g).to(device)
+    def stepper(path, compiled):
+        net = SiT.from_name(model, input_size=side, in_channels=32, num_classes=10).to(device)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4, fused=True)
+        weights = [p.detach() for p in net.parameters() if p.requires_grad]
+        average, update = [w.clone() for w in weights], get_ema_multi_avg_fn(.999)
+        loss_fn = torch.compile(flow_loss, dynamic=False) if compiled else flow_loss
+        def step():
+            with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'): loss = loss_fn(net, path, z0, z1, t, y)[0].mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad(): update(average, weights, 0)
+        return net, step
+    net, slerp = stepper(SlerpPath(), True)
+    floor, floor_flops = matmul_floor(net, batch_size, precision)
+    works = {'slerp': slerp, 'linear': stepper(LinearPath(), True)[1], 'floor': floor} | ({'eager': stepper(SlerpPath(), False)[1]} if eager else {})
+    if device == 'cuda': torch.cuda.reset_peak_memory_stats()
+    times, flops, peak = time_all(works, rounds, 2), 3*batch_size*model_flops(net), matmul_peak(device, precision)
+    middle = {k: statistics.median(v) for k, v in times.items()}
+    rate = flops/middle['slerp']
+    return {'what': f'optimisation step, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}', 'ms_per_step': {k: round(1e3*v, 3) for k, v in middle.items()},
+            'images_per_second': round(batch_size/middle['slerp'], 2), 'tflops': round(rate/1e12, 4), 'matmul_peak_tflops': round(peak/1e12, 4), 'mfu': round(rate/peak, 4),
+            'same_shapes_tflops': round(floor_flops/middle['floor']/1e12, 4), 'of_same_shapes': round(statistics.median(flops/s/(floor_flops/f) for s, f in zip(times['slerp'], times['floor'])), 4),
+            'slerp_over_linear': round(ratio_of(times, 'slerp', 'linear'), 4), 'compiled_over_eager': round(ratio_of(times, 'slerp', 'eager'), 4) if eager else None,
+            'memory_mib': torch.cuda.max_memory_allocated()//2**20 if device == 'cuda' else _peak_memory()}
+
+# %% ../nbs/12_cli.ipynb #fb7688ad
+@torch.no_grad()
+def bench_sample(
+    model: str = 'SiT-B/2',      # a name of `SiT.from_name`
+    batch_size: int = 64,        # samples
+    side: int = 16,              # of the latents, 32 channels
+    precision: str = 'float32',  # 'float32' or 'bf16'
+    steps: int = 4,              # solver steps
+    rounds: int = 5              # runs of each solver, in turn
+) -> dict: # solver -> time per network evaluation over that of the bare network
+    "What solvers cost outside the network, on the sphere."
+    device = _device()
+    net = SiT.from_name(model, input_size=side, in_channels=32, num_classes=10).to(device).eval()
+    y, z, t = torch.arange(batch_size, device=device) % 10, SlerpPath().prior((batch_size, 32, side, side)).to(device), torch.full((batch_size,), .5, device=device)
+    noise = z.cpu()
+    def bare(n):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
+            for _ in range(n): net(z, t, y)
+    works, extra = {}, {}
+    for name, solver in METHODS.items():
+        works[name] = lambda name=name: sample(net, SlerpPath(), y.cpu(), steps=steps, method=name, noise=noise, batch_size=batch_size, precision=precision)
+        extra[name] = steps*solver.evaluations + (name.startswith('adams'))
+    times = time_all(works | {'network': lambda: bare(steps)}, rounds)
+    over = {name: round(statistics.median((s/n)/(f/steps) for s, f in zip(times[name], times['network'])) - 1, 4) for name, n in extra.items()}
+    return {'what': f'share of time outside the network, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}, {steps} steps', 'overhead': over, 'network_ms': round(1e3*statistics.median(times['network'])/steps, 3)}
+
+def bench_loader(
+    model: str = 'SiT-S/2',     # a name of `SiT.from_name`
+    batch_size: int = 256,      # samples per step
+    side: int = 16,             # of the latents, 32 channels
+    precision: str = 'float32', # 'float32' or 'bf16'
+    steps: int = 4,             # steps timed
+    count: int = 4096           # latents on disk
+) -> dict: # share of time spent waiting, from files that are mapped and from memory
+    "How long training waits for latents: random ones in shards of a temporary folder, read by the trainer's own loader."
+    result = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, g = Path(tmp), torch.Generator().manual_seed(0)
+        shards = []
+        for k in range(4):
+            n = count//4
+            save_file({'z': torch.randn(n, 32, side, side, generator=g).bfloat16(), 'y': torch.randint(10, (n,), generator=g)}, folder/f'latents-{k:05d}.safetensors')
+            shards.append({'file': f'latents-{k:05d}.safetensors', 'count': n, 'bytes': (folder/f'latents-{k:05d}.safetensors').stat().st_size, 'sha256': ''})
+        write_json(folder/'index.json', {'count': sum(s['count'] for s in shards), 'shape': [32, side, side], 'flip': False, 'tokenizer': {'name': 'random', 'latent_identity': ''}, 'source': {}, 'shards': shards})
+        for name, resident in (('mapped', False), ('resident', True)):
+            config = TrainConfig(model=model, steps=steps + 1, batch_size=batch_size, precision=precision, flip=False, window=count//2, log_every=steps, checkpoint_every=10**9)
+            trainer = Trainer(config, LatentDataset(folder, spherical=True, resident=resident), folder/name)
+            with torch.random.fork_rng(): trainer.train_step() # warm
+            trainer._heard = trainer.loader.waited
+            trainer.fit(until=steps, progress=False)
+            result[name] = trainer.log()[-1]['data_wait']
+    return {'what': f'share of a training step spent waiting for latents, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}', 'data_wait': result}
+
+@torch.no_grad()
+def bench_fidelity(
+    extractor: str = 'digits',   # a key of `EXTRACTORS`
+    tokenizer: str = 'digits',   # a name or a folder with an autoencoder
+    size: int = 16,              # side of the images in pixels
+    count: int = 256,            # samples
+    rounds: int = 3              # runs, in turn
+) -> dict: # `generate` over its parts
+    "Sampling, decoding and extracting as `generate` does them, against the bare calls."
+    tok = load_tokenizer(tokenizer, spherical=True, device=_device())
+    side = size//tok.downsample
+    net = SiT.from_name('SiT-Ti/1', input_size=side, in_channels=tok.d, num_classes=10).to(_device()).eval()
+    y, extract = torch.arange(count) % 10, feature_function(extractor, all_parts(extractor))
+    def bare():
+        for k in range(0, count, 64): extract(tok.decode(sample(net, SlerpPath(), y[k:k + 64], steps=10)))
+    def whole():
+        with tempfile.TemporaryDirectory() as tmp: generate(tmp, net, SlerpPath(), tok, y, extractor, steps=10, shard=128, batch_size=64, progress=False)
+    return {'what': f'generate over its parts, {count} samples of {size} px, {extractor} features'} | time_ratio(whole, bare, rounds, 1)
 
 @torch.no_grad()
 def bench_tokenizer(
@@ -396,19 +552,29 @@ def _analyse_and_report(tokenizer: str, images: str, size: int, batch_size: int,
 
 @command
 def slfm_bench(
-    what: str,                   # paths: slerp's interpolate against linear's; tokenizer: streaming against the bare encoder loop, and memory
-    rounds: int = 0,             # alternating runs; 0 takes 30 for paths, 5 for tokenizer
-    tokenizer: str = 'digits',   # for tokenizer: a name or a folder with an autoencoder
+    what: str,                   # train, sample, loader, fidelity, paths (slerp's interpolate against linear's) or tokenizer (streaming against the bare encoder loop, and memory)
+    rounds: int = 0,             # runs in turn; 0 takes a default
+    model: str = '',             # for train, sample, loader: SiT-{Ti,S,B,L,XL}/{1,2,4,8}
+    precision: str = 'float32',  # for train, sample, loader: float32 or bf16
+    side: int = 16,              # for train, sample, loader: side of the latents, which have 32 channels
+    batch_size: int = 0,         # 0 takes a default: train and tokenizer 32, sample 64, loader 256
+    no_eager: bool = False,      # for train: leave out the step without torch.compile
+    tokenizer: str = 'digits',   # for tokenizer, fidelity: a name or a folder with an autoencoder
     images: str = 'digits',      # for tokenizer: image source
-    size: int = 256,             # for tokenizer: side of the images in pixels
-    count: int = 256,            # for tokenizer: images per pass
-    batch_size: int = 32,        # for tokenizer: images per encoder call
+    extractor: str = 'digits',   # for fidelity
+    size: int = 0,               # for tokenizer, fidelity: side of the images in pixels; 0 takes 256, for digits 16
+    count: int = 256,            # for tokenizer, fidelity: images
     out: str = ''                # JSON file for the result; empty prints only
 ):
-    "Speed ratios measured in one run on this machine."
-    if what == 'paths': result = bench_paths(rounds or 30)
-    elif what == 'tokenizer': result = bench_tokenizer(tokenizer, images, size, count, batch_size, rounds or 5)
-    else: raise ValueError(f'unknown benchmark {what!r}: choose paths or tokenizer')
-    result |= {'environment': environment()}
+    "Speed as ratios measured in one run on this machine."
+    _dtype(precision)
+    size = size or (16 if tokenizer == 'digits' else 256)
+    given = lambda **kwargs: {k: v for k, v in (dict(rounds=rounds, model=model, batch_size=batch_size) | kwargs).items() if v}
+    shared = lambda *names: given(precision=precision, side=side) if not names else {k: v for k, v in given(precision=precision, side=side).items() if k in names}
+    known = {'paths': lambda: bench_paths(rounds or 30), 'tokenizer': lambda: bench_tokenizer(tokenizer, images, size, count, batch_size or 32, rounds or 5),
+             'train': lambda: bench_train(**shared(), eager=not no_eager), 'sample': lambda: bench_sample(**shared()), 'loader': lambda: bench_loader(**shared('model', 'batch_size', 'precision', 'side')),
+             'fidelity': lambda: bench_fidelity(extractor, tokenizer, size, count, rounds or 3)}
+    if what not in known: raise ValueError(f'unknown benchmark {what!r}: choose one of {", ".join(known)}')
+    result = known[what]() | {'environment': environment()}
     if out: write_json(out, result)
     print(json.dumps(result, indent=1))

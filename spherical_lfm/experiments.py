@@ -26,12 +26,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, plot_geometry, plot_norms, plot_path_norms, plot_radial_share
+from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from .fidelity import EXTRACTORS, all_parts, evaluate, extract_features, feature_function, generate, protocol_of, score_features
 from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
@@ -151,13 +150,13 @@ def reference_features(
     name = f'{Path(source.source).name} {source.split}'
     file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count, 'precision': preset.precision}
     kept = json.loads((folder/'reference.json').read_text()) if (folder/'reference.json').exists() else None
-    if kept != plan and PartialState().is_main_process:
+    if kept != plan and processes().is_main_process:
         wanted = source.shuffled(0)[:preset.reference_count] if preset.reference_count else None
         batches = tqdm((x for x, _ in source.batches(64, wanted)), desc='features of real images', unit='batch', disable=not progress)
         with _autocast(preset.precision): found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
         with atomic_write(file) as f: save_file(found, f)
         write_json(folder/'reference.json', plan)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return load_file(file) | {'name': name}
 
 def _autocast(precision: str): return torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16, enabled=precision == 'bf16')
@@ -188,8 +187,8 @@ def score(
     options = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
     folder = Path(run)/'features'/hashlib.sha256(repr((step, count, seed, exponential, decoder, options)).encode()).hexdigest()[:12]
     with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress, **options)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process: shutil.rmtree(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
+    processes().wait_for_everyone()
+    if processes().is_main_process: shutil.rmtree(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
     figures = score_features(found, reference, metrics)
     if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
     figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
@@ -213,7 +212,7 @@ def run_arm(
     trainer = Trainer(config, data, out)
     result = trainer.fit(progress=progress)
     if result['stopped']: raise InterruptedError(f'{arm} was stopped at step {result["step"]} of {config.steps}; run the same command to go on')
-    store, main = out/'evaluation.json', PartialState().is_main_process
+    store, main = out/'evaluation.json', processes().is_main_process
     protocol = json.loads(json.dumps({k: v for k, v in asdict(preset).items() if k not in ('train', 'note', 'reported', 'tokenizer', 'control')} | {'seed': seed}))
     kept = json.loads(store.read_text()) if store.exists() else {}
     if kept.get('preset') != protocol: kept = {'preset': protocol, 'curve': {}, 'final': {}}
@@ -281,7 +280,7 @@ def compare(
     tokenizer = prepare_latents(preset, source, out/'latents', progress)
     reference = reference_features(preset, source, out, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}
-    if not PartialState().is_main_process: return {}
+    if not processes().is_main_process: return {}
     some = tuple(torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x) for x in zip(*source.stream(limit=2048)))
     found = geometry(tokenizer, *some, seed)
     report = {'arms': rows, 'geometry': found['report'], 'environment': environment([seed]), 'preset': asdict(preset), 'reached': {arm: steps_to_reach(rows, arm) for arm in rows}}
@@ -416,7 +415,7 @@ def analyze_tokens(
     progress: bool = True       # show a progress bar
 ) -> tuple[Tokenizer, TokenStatistics, TokenStatistics]: # the tokenizer in its flow coordinates; raw and processed tokens
     "Token lengths and path geometry over a stream of images, each encoded once, on every process of `torch.distributed` a share; memory does not grow with `limit`. Raises `ValueError` if no image can be read."
-    state = PartialState()
+    state = processes()
     rank, world = state.process_index, state.num_processes
     order = source.shuffled(seed) if order is None else order
     if order is not None: order = order[rank::world]
@@ -473,7 +472,7 @@ def analyze_study(
     import pandas as pd
     tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
     out, name = Path(out), name or tokenizer.name
-    if not PartialState().is_main_process: return {}
+    if not processes().is_main_process: return {}
     both = {'raw': raw.summary(), 'processed': processed.summary()}
     protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,
                 'source': Path(source.source).name, 'image_size': source.size, 'skipped': len(source.skipped), 'skipped_first': source.skipped[:10]}
@@ -563,9 +562,9 @@ def finetune_study(
     pipelines = {'original': variant(False), 'original, projected': variant(True)}
     for arm in arms:
         pipelines[f'finetuned {arm}'], _ = finetune_decoder(variant(arm == 'spherical'), images, config, out/arm, held_out, progress)
-        if PartialState().is_main_process: pipelines[f'finetuned {arm}'].save_pretrained(out/arm/'tokenizer')
-    PartialState().wait_for_everyone()
-    if not PartialState().is_main_process: return {}
+        if processes().is_main_process: pipelines[f'finetuned {arm}'].save_pretrained(out/arm/'tokenizer')
+    processes().wait_for_everyone()
+    if not processes().is_main_process: return {}
     features, used = _rfid_features(extractor)
     distances, missing = get_distances('lpips-vgg,lpips-alex', strict=False)
     distances['mse'] = lambda a, b: (a - b).square().mean((1, 2, 3))
@@ -601,8 +600,8 @@ def starting_tokenizer(
         if plain(kept) != plain(tokenizer): raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')
         return kept
     tokenizer = with_statistics(tokenizer, source, **statistics)
-    if PartialState().is_main_process: tokenizer.save_pretrained(folder)
-    PartialState().wait_for_everyone()
+    if processes().is_main_process: tokenizer.save_pretrained(folder)
+    processes().wait_for_everyone()
     return load_tokenizer(folder, device=device)
 
 def _rfid_features(extractor: str) -> tuple:

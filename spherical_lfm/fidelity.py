@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity import register_feature_extractor
@@ -32,6 +31,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 from tqdm.auto import tqdm
 
+from .concentration import processes
 from .decoder import frechet_distance
 from .latents import ImageSource
 from .paths import Path as FlowPath
@@ -302,7 +302,7 @@ def generate(
 ) -> dict: # parts of the extractor -> [N, f], and 'y' [N]; whole on every process
     "Sample, decode and extract features, on every process a share. Raises `ValueError` for an unknown way to save."
     if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
-    state, out, parts = PartialState(), Path(out), all_parts(extractor)
+    state, out, parts = processes(), Path(out), all_parts(extractor)
     digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
     plan = {'count': len(labels), 'labels': digest, 'extractor': extractor, 'seed': seed, 'identity': identity, 'decoder': tokenizer.identity, 'path': repr(path), 'save': save, 'shard': shard} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     if state.is_main_process:

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from accelerate import PartialState
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,6 +30,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
+from .concentration import processes
 from .decoder import DataOrder, ReadAhead, seeded_generator
 from .sphere import check_tokens, project
 from .tokenizers import Tokenizer, atomic_write, digits_images, measure_statistics, standardise, write_json
@@ -210,7 +210,7 @@ def encode_latents(
     "Encode a source into latent shards, on every process a share, keeping shards that an earlier call finished. Raises `ValueError` if there is no image, `OSError` if the folder cannot be written; an old cache stays until the new one is complete."
     for what, value in (('dtype', dtype), ('precision', precision)):
         if value not in DTYPES: raise ValueError(f'{what} must be float32 or bf16, got {value!r}')
-    state, out = PartialState(), Path(out)
+    state, out = processes(), Path(out)
     part = out.parent/f'.{out.name}.partial'
     numbers = _numbers(source, order)
     if numbers is None and state.num_processes > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
