@@ -44,7 +44,13 @@ def results(out: Path, scale: float):
     seeds_study(out/'results'/'digits_comparison.json', scale=scale)
 
 
-STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results)}
+def solvers(out: Path, scale: float):
+    "FID against evaluations of the network for every solver."
+    from spherical_lfm.experiments import solver_study
+    solver_study(out/'results'/'digits_solvers.json', scale=scale)
+
+
+STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, solvers)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

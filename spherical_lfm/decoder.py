@@ -155,9 +155,9 @@ def optimizer_tensors(
     model: nn.Module,                 # whose parameters it optimises, wrapped or not
     optimizer: torch.optim.Optimizer  # any optimiser of torch
 ) -> dict: # 'parameter/entry' -> tensor; empty before the first step
-    "The state of an optimiser as named tensors, whole on every process."
+    "The state of an optimiser as named tensors, whole, on the main process; empty on the others."
     if not optimizer.state: return {}
-    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))['state']
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
     return {f'{name}/{k}': v.contiguous() for name, s in state.items() for k, v in s.items()}
 
 def restore_optimizer(
@@ -196,7 +196,7 @@ class ResumableRun:
     """
     free = ('steps', 'log_every', 'checkpoint_every', 'compile') #: settings that may change between calls
     memory_advice = 'lower the batch size' #: what to do when memory runs out
-    step, seconds, _stop, _board = 0, 0., False, None
+    step, seconds, _stop, _board, _saved_at = 0, 0., False, None, None
 
     def fit(self,
         until: int | None = None,     # stop after this many steps in total; None means `config.steps`
@@ -228,7 +228,7 @@ class ResumableRun:
                     totals, count, mark, since = {}, 0, now, self.step
                 if self.step % c.checkpoint_every == 0 and self.step < end: self._save()
             self.seconds += time.perf_counter() - mark
-            if not checkpoints(self.out) or self.step > self._saved_step(): self._save()
+            if self._saved_at != self.step: self._save() # known to every process, while the folder may be ahead of a slow one
         finally:
             bar.close()
             if self._board: self._board.close()
@@ -284,7 +284,9 @@ class ResumableRun:
     def _begin(self, resume: str | Path):
         if resume == 'never' and checkpoints(self.out): raise ValueError(f'{self.out} holds checkpoints, and resume is never: choose another folder, or resume auto')
         start = newest_checkpoint(self.out) if resume == 'auto' else None if resume == 'never' else Path(resume)
-        if start is not None: self.load(start)
+        if start is not None:
+            self.load(start)
+            self._saved_at = self.step
         if self.accelerator.is_main_process:
             for left in (*self.out.glob('.*'), *(self.out/'checkpoints').glob('.*')): shutil.rmtree(left, ignore_errors=True) # of writes that were killed
             write_json(self.out/'run.json', self.info)
@@ -295,11 +297,10 @@ class ResumableRun:
                 self._board = SummaryWriter(self.out/'tensorboard', purge_step=self.step + 1)
         self.accelerator.wait_for_everyone()
 
-    def _saved_step(self) -> int: return int(checkpoints(self.out)[-1].name.removeprefix('step-'))
-
     def _save(self):
         self._check_finite(weights=True)
         self.save()
+        self._saved_at = self.step
 
     @torch.no_grad()
     def _check_finite(self, weights: bool = False):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name',
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
-           'plot_fid_curves', 'report_html', 'seeds_study', 'analyze_tokens', 'analyze_study', 'paper_geometry',
-           'probe_study', 'finetune_study', 'starting_tokenizer']
+           'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'analyze_tokens', 'analyze_study',
+           'paper_geometry', 'probe_study', 'finetune_study', 'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
@@ -37,7 +37,8 @@ from .latents import ImageSource, LatentDataset, encode_latents, with_statistics
 from .paths import ARMS, arm_path
 from .probes import (efficientnet_distance, find_partners, get_distances, plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
                                   sensitivity, summarise_swaps, swap_strip)
-from .sampling import load_run, sample
+from .sampling import METHODS, load_run, sample
+from .sit import SiT
 from .sphere import project
 from .tokenizers import DATA, Tokenizer, atomic_write, channel_rows, digits_images, load_tokenizer, save_grid, show_images, standardise, write_json
 from .training import TrainConfig, Trainer, checkpoints
@@ -397,6 +398,47 @@ def seeds_study(
     for r in rows: del r['curve']
     held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid',))
     result = {'rows': rows, 'held_out_fid': held_out['fid'], 'held_out_count': held_out['protocol']['samples'], 'environment': environment(list(seeds))}
+    write_json(path, result)
+    return result
+
+# %% ../nbs/11_experiments.ipynb #39058b68
+class _Counted(torch.nn.Module):
+    "A model that counts its calls."
+    def __init__(self, model: SiT):
+        super().__init__()
+        self.model, self.config, self.calls = model, model.config, 0
+
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(z, t, y)
+
+def solver_study(
+    path: str | Path,                       # the JSON file to write
+    budgets: tuple = (4, 8, 16, 32, 64),    # evaluations of the network per sample
+    tolerances: tuple = (.3, .1, .03, .01), # of the adaptive method
+    scale: float = 1.,                      # fraction of the full number of steps and samples
+    progress: bool = True                   # show progress bars
+) -> dict: # what is written
+    "FID against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
+    base = PRESETS['digits']
+    steps = max(2, round(base.train['steps']*scale))
+    preset = replace(base, train=base.train | dict(steps=steps, checkpoint_every=steps), samples=max(40, round(base.samples*scale)))
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
+        reference = reference_features(preset, ImageSource('digits'), Path(tmp), progress)
+        run_arm(preset, 'spherical-slerp', Path(tmp)/'latents', reference, Path(tmp)/'run', curve=False, progress=progress)
+        model, route, _ = load_run(Path(tmp)/'run')
+        tokenizer, y = load_tokenizer('digits', spherical=True), digits_images('train')[1][:preset.samples]
+        def measure(method: str, **options):
+            counted = _Counted(model)
+            z = sample(counted, route, y, method=method, batch_size=len(y), **options)
+            with torch.no_grad(): features = extract_features(tokenizer.decode(z), 'digits')
+            rows.append({'method': method, 'evaluations': counted.calls, **options, 'fid': score_features({'features': features}, reference, ('fid',))['fid']})
+        for method, solver in METHODS.items():
+            for n in budgets: measure(method, steps=max(1, n//solver.evaluations))
+        for tolerance in tolerances: measure('adaptive', tolerance=tolerance)
+    result = {'rows': rows, 'samples': preset.samples, 'environment': environment([0])}
     write_json(path, result)
     return result
 

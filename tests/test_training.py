@@ -1,20 +1,26 @@
 """Runs as users have them: several processes, signals, full disks, changed settings."""
 import json
 import os
+import multiprocessing
 import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import two_processes as together
+from safetensors.torch import load_file
 
 from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.sampling import load_run
 from spherical_lfm.tokenizers import load_tokenizer
-from spherical_lfm.training import TrainConfig, Trainer, checkpoints
+from spherical_lfm.decoder import checkpoints, newest_checkpoint
+from spherical_lfm.training import TrainConfig, Trainer, model_flops
 
 BIN = Path(sys.executable).parent
 TRAIN = str(BIN/'slfm_train')
@@ -36,16 +42,43 @@ def losses(run): return [json.loads(line)['loss'] for line in (Path(run)/'log.js
 def train(*args, **kwargs): return subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=300, env=ENV, **kwargs)
 
 
-@pytest.mark.parametrize('arm', ['spherical-slerp', 'vanilla-linear'])
-def test_two_processes_give_the_same_curve(latents, tmp_path, arm):
-    one = train(TRAIN, latents, tmp_path/'one', '--arm', arm, '--steps', 12, *SMALL)
-    assert one.returncode == 0, one.stderr
-    launch = [BIN/'accelerate', 'launch', '--cpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 0]
-    two = train(*launch, TRAIN, latents, tmp_path/'two', '--arm', arm, '--steps', 12, *SMALL)
-    assert two.returncode == 0, two.stderr
-    a, b = losses(tmp_path/'one'), losses(tmp_path/'two')
-    assert len(a) == len(b) == 12 and a[-1] < a[0]
-    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-4, atol=0)
+@pytest.fixture(scope='module')
+def pair(latents, tmp_path_factory):
+    "What two gloo processes made (see two_processes.py), beside what one makes."
+    out = tmp_path_factory.mktemp('pair')
+    for arm in ('spherical-slerp', 'vanilla-linear'): together.fit(latents, out/f'one-{arm}', arm)
+    together.fit(latents, out/'half-one', until=6)
+    result = train(BIN/'torchrun', '--standalone', '--nproc_per_node', 2, together.__file__, latents, out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    together.fit(latents, out/'fsdp-half')
+    return out
+
+
+@pytest.mark.parametrize('run,one', [('ddp-spherical-slerp', 'one-spherical-slerp'), ('ddp-vanilla-linear', 'one-vanilla-linear'), ('accumulated', 'one-spherical-slerp'),
+                                     ('fsdp', 'one-spherical-slerp'), ('fsdp-half', 'one-spherical-slerp'), ('half-one', 'one-spherical-slerp')])
+def test_two_processes_train_as_one_does(pair, run, one):
+    "Data parallel, accumulated, sharded; from two processes to one and from one to two."
+    rows = lambda name: Trainer.log(SimpleNamespace(out=pair/name))
+    a, b = rows(one), rows(run)
+    assert len(a) == len(b) == 12 and a[-1]['loss'] < a[0]['loss']
+    for k in ('loss', 'loss_over_power', 'grad_norm'): assert [r[k] for r in b] == pytest.approx([r[k] for r in a], rel=5e-4), k
+    x, y = (load_run(pair/n)[0].state_dict() for n in (one, run))
+    for k in x: torch.testing.assert_close(y[k], x[k], rtol=0, atol=2e-3)
+
+
+def test_two_processes_were_two(pair):
+    "A launcher that quietly starts one process would make the comparison above vacuous."
+    for rank in (0, 1): assert 'batch_size 15 cannot be divided among 2 processes' in (pair/f'refused-{rank}').read_text()
+    seen = {f.name: json.loads(f.read_text())['count'] for f in (pair/'latents').glob('latents-*.json')}
+    assert len(seen) == 8 and sum(seen.values()) == 1438
+
+
+def test_two_processes_encode_and_sample_as_one_does(pair, latents, tmp_path):
+    whole, parts = LatentDataset(latents, verify=True), LatentDataset(pair/'latents', verify=True)
+    assert torch.equal(whole.y, parts.y)
+    torch.testing.assert_close(parts.z['z'], whole.z['z'], atol=1e-4, rtol=0)
+    alone, shards = together.samples(tmp_path), [load_file(f) for f in sorted((pair/'samples').glob('features-*'))]
+    torch.testing.assert_close(torch.cat([s['features'] for s in shards]), alone['features'], atol=2e-3, rtol=0)
 
 
 def test_resume_in_a_new_process_is_exact(latents, tmp_path):
@@ -56,14 +89,15 @@ def test_resume_in_a_new_process_is_exact(latents, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_sigterm_saves_and_exits_with_0(latents, tmp_path):
+@pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_0(latents, tmp_path, which):
     process = subprocess.Popen([TRAIN, str(latents), str(tmp_path/'run'), '--steps', '100000', *SMALL], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path/'run'/'log.jsonl'
     for _ in range(1200):
         if log.exists() and log.read_text().count('\n') > 3: break
         time.sleep(.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    process.send_signal(which)
+    out, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and 'stopped by a signal' in out
     found = checkpoints(tmp_path/'run')
     assert len(found) == 1 and int(found[0].name.removeprefix('step-')) == json.loads((found[0]/'state.json').read_text())['step'] > 3
@@ -87,16 +121,119 @@ def test_changed_settings_and_architecture_are_refused(latents, tmp_path):
     for change, words in (({'seed': 1}, 'seed: 0 -> 1'), ({'model': 'SiT-Ti/4'}, 'SiT-Ti/2 -> SiT-Ti/4'), ({'batch_size': 8}, 'batch_size: 16 -> 8')):
         with pytest.raises(ValueError, match=words): fit(**change)
     with pytest.raises(ValueError, match='needs LatentDataset'): Trainer(TrainConfig(arm='vanilla-linear', **CONFIG), data, tmp_path)
-    with pytest.raises(ValueError, match='labels go up to 9'): Trainer(TrainConfig(**CONFIG), data, tmp_path, classes=5)
-    weights = checkpoints(tmp_path)[0]/'ema'/'diffusion_pytorch_model.safetensors'
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match='damaged'): Trainer(TrainConfig(steps=3, **CONFIG), data, tmp_path).fit(progress=False)
-    with pytest.raises(ValueError, match='damaged'): load_run(tmp_path)
+    with pytest.raises(ValueError, match='up to 9, but classes are 0 to 4'): Trainer(TrainConfig(**CONFIG), data, tmp_path, classes=5)
 
 
-def test_divergence_is_named(latents, tmp_path):
-    with pytest.raises(FloatingPointError, match='lower lr'): Trainer(TrainConfig(steps=60, **CONFIG | {'lr': 1e18}), LatentDataset(latents, spherical=True), tmp_path).fit(progress=False)
+def test_damaged_checkpoints_are_passed_over(latents, tmp_path):
+    data = LatentDataset(latents, spherical=True)
+    fit = lambda steps, **k: Trainer(TrainConfig(steps=steps, checkpoint_every=2, **CONFIG), data, tmp_path).fit(progress=False, **k)
+    fit(6)
+    newest = checkpoints(tmp_path)[-1]/'optimizer.safetensors'
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match='step-00000006 is damaged'): assert load_run(tmp_path)[2]['step'] == 4
+    with pytest.warns(UserWarning, match='step-00000006 is damaged'): assert fit(8)['step'] == 8
+    with pytest.raises(ValueError, match='resume is never'): fit(8, resume='never')
+    with pytest.raises(ValueError, match='is no checkpoint'): fit(8, resume=tmp_path/'nothing')
+    for c in checkpoints(tmp_path): (c/'state.json').unlink()
+    with pytest.raises(ValueError, match='all checkpoints in .* are damaged'): fit(8)
+
+
+def test_only_the_newest_are_kept(latents, tmp_path):
+    Trainer(TrainConfig(steps=8, checkpoint_every=2, keep=2, **CONFIG), LatentDataset(latents, spherical=True), tmp_path).fit(progress=False)
+    assert [c.name for c in checkpoints(tmp_path)] == ['step-00000006', 'step-00000008']
+
+
+def _worker(latents, out):
+    torch.set_num_threads(1)
+    Trainer(TrainConfig(steps=100, checkpoint_every=1, keep=3, **CONFIG), LatentDataset(latents, spherical=True), out).fit(progress=False)
+
+
+def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
+    "Twenty kills at random moments, from the first byte of a checkpoint on, then the weights of an undisturbed run."
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['test_training'])
+    start = lambda out: (p := context.Process(target=_worker, args=(latents, out)), p.start())[0]
+    whole = start(tmp_path/'whole')
+    whole.join(120)
+    assert whole.exitcode == 0
+    run, moments, kills, reached = tmp_path/'run', np.random.default_rng(0), 0, []
+    while kills < 20:
+        folders = lambda: {f.name for f in (run/'checkpoints').glob('*step-*')}
+        before, deadline = folders(), time.monotonic() + 60
+        process = start(run)
+        while process.is_alive() and time.monotonic() < deadline and not folders() - before: time.sleep(.001)
+        time.sleep(moments.uniform(0, .3))
+        process.kill()
+        process.join()
+        kills += 1
+        found = newest_checkpoint(run)
+        reached.append(found.name if found else None)
+        if found: load_run(run)
+    assert kills == 20 and len(set(reached)) > 5 and len(set(reached)) < 20, reached # some moments were within a checkpoint, some after it
+    last = start(run)
+    last.join(120)
+    assert last.exitcode == 0 and not list((run/'checkpoints').glob('.*'))
+    a, b = (load_run(tmp_path/n)[0].state_dict() for n in ('whole', 'run'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(tmp_path/'whole') == losses(run)
+
+
+def test_divergence_names_step_batch_and_checkpoint(latents, tmp_path):
+    data = LatentDataset(latents, spherical=True)
+    with pytest.raises(FloatingPointError, match='lower lr.*none yet'): Trainer(TrainConfig(steps=60, **CONFIG | {'lr': 1e18}), data, tmp_path/'a').fit(progress=False)
+    assert not checkpoints(tmp_path/'a')
+    trainer = Trainer(TrainConfig(steps=60, **CONFIG | {'log_every': 10, 'checkpoint_every': 5}), data, tmp_path/'b')
+    draws = trainer.draws
+    trainer.draws = lambda step: tuple(x*torch.nan if step == 7 and x.is_floating_point() and x.ndim == 4 else x for x in draws(step))
+    with pytest.raises(FloatingPointError, match='at step 7 .*step-00000005'): trainer.fit(progress=False)
+    assert json.loads((tmp_path/'b'/'divergence.json').read_text()) == {'step': 7, 'batch': trainer.order.indices(7).tolist()}
+    assert [c.name for c in checkpoints(tmp_path/'b')] == ['step-00000005']
+
+
+def test_exhausted_memory_says_which_knob_helps(latents, tmp_path):
+    trainer = Trainer(TrainConfig(steps=3, **CONFIG), LatentDataset(latents, spherical=True), tmp_path)
+    trainer.loss_fn = lambda *_: torch.empty(2**55) # a real failure of the allocator
+    with pytest.raises(torch.OutOfMemoryError, match='raise accumulate'): trainer.fit(progress=False)
     assert not checkpoints(tmp_path)
+
+
+def test_the_log_says_how_fast_and_how_good(latents, tmp_path):
+    trainer = Trainer(TrainConfig(steps=20, tensorboard=True, **CONFIG | {'log_every': 10, 'batch_size': 64}), LatentDataset(latents, spherical=True), tmp_path)
+    trainer.fit(progress=False)
+    row = trainer.log()[-1]
+    assert {'loss', 'loss_over_power', 'grad_norm', 'images_per_second', 'tflops', 'mfu', 'data_wait', 'loss_q1', 'loss_q4'} <= set(row)
+    assert row['tflops']*1e12 == pytest.approx(3*model_flops(trainer.net)*row['images_per_second'], rel=.02)
+    assert 0 < row['mfu'] <= 1.5 and 0 <= row['data_wait'] < .5
+    assert list((tmp_path/'tensorboard').glob('events*'))
+
+
+def test_loss_by_quarter_is_the_loss_split_by_time(latents, tmp_path):
+    trainer = Trainer(TrainConfig(**CONFIG | {'batch_size': 64}), LatentDataset(latents, spherical=True), tmp_path)
+    loss, t = trainer.loss_fn(trainer.model, trainer.path, *(draws := trainer.draws(0)))[0].detach(), draws[2]
+    found = trainer.figures({k: v.float() for k, v in trainer.train_step().items()})
+    for q in range(4): assert found[f'loss_q{q + 1}'] == pytest.approx(loss[(t >= q/4) & (t < (q + 1)/4)].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('extra', [dict(coupling='transport'), dict(jacobi=True), dict(project_velocity=False), dict(time_shift=3.), dict(time_sampling='logit-normal'), dict(checkpointing=True), dict(accumulate=4)])
+def test_options_train_and_resume(latents, tmp_path, extra):
+    data = LatentDataset(latents, spherical=True)
+    make = lambda out: Trainer(TrainConfig(steps=8, **CONFIG | extra), data, out)
+    whole = make(tmp_path/'whole')
+    whole.fit(progress=False)
+    make(tmp_path/'parts').fit(until=3, progress=False)
+    parts = make(tmp_path/'parts')
+    parts.fit(progress=False)
+    assert [r['loss'] for r in parts.log()] == [r['loss'] for r in whole.log()]
+    plain = Trainer(TrainConfig(steps=8, **CONFIG), data, tmp_path/'plain')
+    plain.fit(progress=False)
+    same = [r['loss'] for r in plain.log()] == pytest.approx([r['loss'] for r in whole.log()], rel=1e-4)
+    assert same == ('checkpointing' in extra or 'accumulate' in extra)
+
+
+@pytest.mark.parametrize('wrong,words', [(dict(arm='vanilla-linear', coupling='transport'), 'spherical arms'), (dict(arm='spherical-linear', jacobi=True), 'belongs to the arc'), (dict(accumulate=0), 'at least 1'),
+                                         (dict(time_shift=-1.), 'must be positive'), (dict(parallel='horovod'), 'must be one of'), (dict(arm='vanilla-shell', project_velocity=False), 'none to switch off')])
+def test_settings_that_make_no_sense(wrong, words):
+    with pytest.raises(ValueError, match=words): TrainConfig(**wrong)
 
 
 def test_bf16_and_compile_train(latents, tmp_path):
