@@ -82,7 +82,7 @@ def _print_report(report: dict, out: str):
 # %% ../nbs/12_cli.ipynb #b4abe6d0
 @command
 def slfm_compare(
-    preset: str = 'digits',                        # which experiment: digits, cifar10-taef2, cifar10-taef2-small, flux2-b2, flux2-xl2, vavae-b1, vavae-xl1, repae-flux1-b2
+    preset: str,                                   # which experiment: digits, cifar10-taef2, cifar10-taef2-small, flux2-b2, flux2-xl2, vavae-b1, vavae-xl1, repae-flux1-b2
     images: str = 'digits',                        # image source: digits, a folder, a .parquet file, or a hub data set
     arms: str = 'vanilla-linear,spherical-slerp',  # comma-separated arms, or all
     out: str = 'runs/compare',                     # output folder; what is finished there is reused
@@ -445,7 +445,7 @@ def bench_sample(
     batch_size: int = 64,        # samples
     side: int = 16,              # of the latents, 32 channels
     precision: str = 'float32',  # 'float32' or 'bf16'
-    steps: int = 4,              # solver steps
+    steps: int = 2,              # solver steps
     rounds: int = 5              # runs of each solver, in turn
 ) -> dict: # solver -> time per network evaluation over that of the bare network
     "What solvers cost outside the network, on the sphere."
@@ -469,7 +469,7 @@ def bench_loader(
     batch_size: int = 256,      # samples per step
     side: int = 16,             # of the latents, 32 channels
     precision: str = 'float32', # 'float32' or 'bf16'
-    steps: int = 4,             # steps timed
+    steps: int = 2,             # steps timed
     count: int = 4096           # latents on disk
 ) -> dict: # share of time spent waiting, from files that are mapped and from memory
     "How long training waits for latents: random ones in shards of a temporary folder, read by the trainer's own loader."
@@ -577,4 +577,11 @@ def slfm_bench(
     if what not in known: raise ValueError(f'unknown benchmark {what!r}: choose one of {", ".join(known)}')
     result = known[what]() | {'environment': environment()}
     if out: write_json(out, result)
-    print(json.dumps(result, indent=1))
+    print(result['what'], 'on', result['environment']['device'])
+    for name, value in _flat({k: v for k, v in result.items() if k not in ('what', 'environment')}): print(f'{name:>32} {value}')
+
+def _flat(tree: dict, stem: str = ''):
+    "The leaves of nested dicts, with their names joined."
+    for k, v in tree.items():
+        if isinstance(v, dict): yield from _flat(v, f'{stem}{k}.')
+        else: yield f'{stem}{k}', v

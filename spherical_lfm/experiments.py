@@ -233,9 +233,9 @@ def run_arm(
         keep()
     if main and not (out/'samples.png').exists(): _overview(preset, arm, out, config.steps, labels, seed)
     final = [kept['final'][str(g)] for g in preset.guidances]
-    last = trainer.log()[-1]
+    log = trainer.log()
     return {'fid': final[0]['fid'], 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
-            'final_loss': result['final_loss'], 'loss_over_power': last.get('loss_over_power'), 'steps': config.steps, 'seconds': result['seconds'],
+            'final_loss': result['final_loss'], 'loss_over_power': log[-1]['loss_over_power'] if log else None, 'steps': config.steps, 'seconds': result['seconds'],
             'curve': [{'step': int(s), 'fid': f} for s, f in kept['curve'].items()], 'protocol': final[0]['protocol']}
 
 # %% ../nbs/11_experiments.ipynb #8f26d136

@@ -35,7 +35,7 @@ def test_help(command):
 
 @pytest.mark.parametrize('args,words', [
     (['slfm_demo', '--arms', 'slerp'], 'unknown arm'),
-    (['slfm_compare', '--preset', 'nothing'], 'unknown preset'),
+    (['slfm_compare', 'nothing'], 'unknown preset'),
     (['slfm_train', '{}/no-latents', '{}/new'], 'make them with slfm_encode'),
     (['slfm_train', '{}/latents', '{}/new', '--arm', 'chord'], 'unknown arm'),
     (['slfm_train', '{}/latents', '{}/new', '--model', 'SiT-Z/9'], 'unknown model'),
@@ -47,7 +47,14 @@ def test_help(command):
     (['slfm_encode', 'no-tokenizer', 'digits', '{}/z'], 'neither a known tokenizer'),
     (['slfm_encode', 'digits', '{}/no-images.parquet', '{}/z'], 'no images at'),
     (['slfm_evaluate', 'digits', 'digits', '--extractor', 'vgg'], 'unknown extractor'),
+    (['slfm_evaluate', 'digits', '{}/no.npz', '--extractor', 'digits', '--size', '16'], 'No such file'),
     (['slfm_bench', 'everything'], 'unrecognized|unknown'),
+    (['slfm_bench', 'train', '--precision', 'fp8'], 'float32 or bf16'),
+    (['slfm_sample', '{}/run', '{}/images', '--method', 'rk9'], 'unknown method'),
+    (['slfm_sample', '{}/run', '{}/images', '--negative', '10'], 'negative class 10 is out of range'),
+    (['slfm_encode', 'digits', 'digits', '{}/z', '--dtype', 'fp8'], 'float32 or bf16'),
+    (['slfm_train', '{}/latents', '{}/run', '--preset', 'digits', '--resume', 'never'], 'resume is never'),
+    (['slfm_train', '{}/latents', '{}/new', '--preset', 'digits', '--accumulate', '7'], 'cannot be divided among 1 processes in 7 parts'),
 ])
 def test_mistakes_get_one_sentence(run, args, words):
     import re
@@ -68,17 +75,30 @@ def test_sampling_is_reproducible_and_the_pipeline_agrees(run, tmp_path):
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    from spherical_lfm.sampling import LatentFlowPipeline
+    from spherical_lfm.decoder import seeded_generator
+    from spherical_lfm.sampling import SphericalSiTPipeline
     for name in ('a', 'b'):
         assert call('slfm_sample', run/'run', tmp_path/name, '--count', 3, '--steps', 4, '--seed', 5).returncode == 0
     read = lambda name: torch.stack([pil_to_tensor(Image.open(f)) for f in sorted((tmp_path/name).rglob('0*.png'))])
     assert torch.equal(read('a'), read('b'))
-    pipe = LatentFlowPipeline.from_run(run/'run')
+    pipe = SphericalSiTPipeline.from_run(run/'run')
     pipe.save_pretrained(tmp_path/'pipe')
-    pipe = LatentFlowPipeline.from_pretrained(tmp_path/'pipe')
+    pipe = SphericalSiTPipeline.from_pretrained(tmp_path/'pipe')
     pipe.set_progress_bar_config(disable=True)
-    images = pipe([0, 1, 2], 4, generator=torch.Generator().manual_seed(5)).images
+    images = pipe([0, 1, 2], num_inference_steps=4, generator=[seeded_generator('cpu', 5, 3, n) for n in range(3)]).images
     assert (torch.stack([pil_to_tensor(i) for i in images]).int() - read('a').int()).abs().max() <= 1
+
+
+def test_samples_as_an_adm_file_are_scored(run, tmp_path):
+    import json
+    assert call('slfm_sample', run/'run', tmp_path/'s', '--count', 20, '--steps', 3, '--method', 'adams2', '--guidance', 2, '--guide_to', 0.5, '--npz').returncode == 0
+    result = call('slfm_evaluate', tmp_path/'s.npz', 'digits', '--extractor', 'digits', '--size', 16, '--bootstrap', 5, '--save_reference_to', tmp_path/'r.npz', '--out', tmp_path/'a.json')
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path/'a.json').read_text())
+    assert figures['fid_interval'][0] < figures['fid'] and figures['protocol']['samples'] == 20
+    stored = call('slfm_evaluate', tmp_path/'s.npz', tmp_path/'r.npz', '--extractor', 'digits', '--against', tmp_path/'a.json', '--out', tmp_path/'b.json')
+    assert stored.returncode == 0 and 'cannot be compared' in stored.stderr and 'reference: r.npz against digits' in stored.stderr
+    assert json.loads((tmp_path/'b.json').read_text())['fid'] == pytest.approx(figures['fid'], rel=1e-6)
 
 
 def test_inception_without_network_is_one_sentence(tmp_path):

