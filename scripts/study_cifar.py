@@ -66,13 +66,13 @@ def job(args, name: str):
     arm, seed = what[0], int(what[1])
     base, run = 'spherical-slerp' if arm == RAW else arm, folder(args, arm, seed)
     steps = preset.train['steps']
-    measure = lambda preset=preset, **more: score(run, steps, preset, base, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), **more)
+    measure = lambda preset=preset, count=preset.curve_samples, **more: score(run, steps, preset, base, reference, labels, count, preset.guidances[0], seed, ('fid',), **more)
     if kind == 'train':
         if arm == RAW: preset = replace(preset, train=preset.train | {'project_velocity': False})
         result = run_arm(preset, base, latents, reference, run, seed, curve=arm != RAW) | {'arm': arm, 'seed': seed}
     elif kind == 'sweep':
         n, exponential = int(what[2]), what[3] == 'exponential'
-        result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **measure(replace(preset, sample_steps=n), exponential=exponential)}
+        result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **measure(replace(preset, sample_steps=n), preset.curve_samples//2, exponential=exponential)}
     elif kind == 'swap':
         other = decoder_name(preset, 'vanilla-linear' if ARMS[base].spherical else 'spherical-slerp')
         result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, **measure(decoder=other)}
@@ -86,7 +86,7 @@ def plan(args) -> dict:
     return {
         'latents': ['prepare'],
         'reference': ['reference'],
-        'train': [f'train:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp', 'spherical-linear', 'vanilla-shell', RAW)],
+        'train': [f'train:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp', 'spherical-linear', 'vanilla-shell')] + [f'train:{RAW}:0'],
         'sweep': [f'sweep:{arm}:0:{n}:{how}' for n in COUNTS for arm in ('spherical-slerp', RAW) for how in ('exponential', 'renormalise')],
         'swap': [f'swap:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp')] + ['precision:spherical-slerp:0'],
     }

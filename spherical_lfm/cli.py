@@ -307,23 +307,39 @@ def slfm_sample(
 
 @command
 def slfm_evaluate(
-    samples: str,                   # image source of the samples, or an .npz with arr_0
+    samples: str,                   # image source of the samples, an .npz with arr_0, or a run folder of slfm_train to sample from
     reference: str,                 # image source of the real images, or an .npz with statistics (mu, sigma) or images (arr_0)
     extractor: str = 'inception',   # inception, efficientnet or digits
-    size: int = 256,                # side in pixels to which both are cropped and resized (bicubic); an .npz keeps its own
+    size: int = 256,                # side in pixels to which images are cropped and resized (bicubic); an .npz and a run keep their own
     bootstrap: int = 0,             # resamplings for a 95 % interval of the FID; 0 gives none
     against: str = '',              # result of an earlier call: warn if the two cannot be compared
     save_reference_to: str = '',    # keep the reference's statistics in this .npz
+    count: int = 50_000,            # for a run: samples
+    steps: int = 250,               # for a run: solver steps
+    method: str = 'euler',          # for a run: euler, heun, rk4, adams2, adams3 or adaptive
+    guidance: float = 1.,           # for a run: classifier-free guidance; 1 is none
+    precision: str = 'float32',     # for a run: float32 or bf16
+    step: int = -1,                 # for a run: checkpoint; -1 takes the newest
+    tokenizer: str = '',            # for a run: tokenizer name or folder; empty takes the one it was trained on
+    save: str = 'none',             # for a run: none, png or npz keep the images as well, in RUN/features
+    seed: int = 0,                  # for a run: of the noise
     out: str = ''                   # JSON file for the result; empty prints only
 ):
-    "FID, sFID, KID, IS, precision and recall of one set of images against another."
-    parts = all_parts(extractor)
+    "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
+    parts, run, setting = all_parts(extractor), Path(samples), {}
     features = lambda source: extract_features(tqdm(source_batches(source, size), desc=f'features of {Path(source).name}', unit='batch'), extractor, parts=parts)
     real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference)
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
-    drawn = features(samples)
-    figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real)}
-    figures['protocol']['resize'] = f'{"none" if samples.endswith(".npz") else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
+    if (run/'checkpoints').is_dir():
+        _dtype(precision)
+        model, path, record = load_run(run, None if step < 0 else step, _device())
+        setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
+        drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, f'step {record["step"]}', save, **setting)
+        if not processes().is_main_process: return
+        setting |= {'seed': seed, 'checkpoint': record['step']}
+    else: drawn = features(samples)
+    figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
+    figures['protocol']['resize'] = f'{"none" if setting or samples.endswith(".npz") else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
     if against:
         try: apart = differences(figures['protocol'], json.loads(Path(against).read_text())['protocol'])
         except (json.JSONDecodeError, KeyError) as e: raise ValueError(f'{against} is no result of slfm_evaluate') from e

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import sphere
 from .decoder import ResumableRun, checkpoints, optimizer_tensors, restore_optimizer, seal, seeded_generator, swapped_weights
-from .latents import LatentDataset, LatentLoader
+from .latents import LatentDataset, LatentLoader, send_to
 from .paths import Path as FlowPath, arm_path, shift_time
 from .sit import SiT
 from .tokenizers import atomic_write, write_json
@@ -195,7 +195,7 @@ class Trainer(ResumableRun):
         t = torch.rand(n, generator=g) if c.time_sampling == 'uniform' else torch.randn(n, generator=g).sigmoid()
         z0 = self.path.prior((n, *self.info['shape']), generator=seeded_generator(self.device, c.seed, 2, step), device=self.device)[self.mine]
         z1, y = self.loader(step)
-        t, drop = (x[self.mine].to(self.device, non_blocking=True) for x in (shift_time(t, c.time_shift), drop))
+        t, drop = (send_to(x[self.mine], self.device) for x in (shift_time(t, c.time_shift), drop))
         if c.coupling == 'transport': z0 = z0[transport_coupling(z0, z1)]
         return z0, z1, t, torch.where(drop, self.info['classes'], y)
 

@@ -101,6 +101,16 @@ def test_samples_as_an_adm_file_are_scored(run, tmp_path):
     assert json.loads((tmp_path/'b.json').read_text())['fid'] == pytest.approx(figures['fid'], rel=1e-6)
 
 
+def test_a_run_is_scored_without_files(run, tmp_path):
+    import json
+    line = ['slfm_evaluate', run/'run', 'digits', '--extractor', 'digits', '--size', 16, '--count', 24, '--steps', 3, '--save', 'png', '--out', tmp_path/'a.json']
+    result = call(*line)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path/'a.json').read_text())
+    assert figures['protocol']['samples'] == 24 and figures['protocol']['method'] == 'euler' and 'is' in figures
+    assert len(list((run/'run'/'features'/'evaluate'/'images').rglob('*.png'))) == 24
+
+
 def test_inception_without_network_is_one_sentence(tmp_path):
     result = call('slfm_evaluate', 'digits', 'digits', HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9', TORCH_HOME=str(tmp_path))
     assert result.returncode == 1 and 'Inception weights could not be loaded' in result.stderr and 'Traceback' not in result.stderr

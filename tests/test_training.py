@@ -16,9 +16,10 @@ import torch
 import two_processes as together
 from safetensors.torch import load_file
 
+from spherical_lfm.fidelity import extract_features, score_features
 from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.sampling import load_run
-from spherical_lfm.tokenizers import load_tokenizer
+from spherical_lfm.tokenizers import digits_images, load_tokenizer
 from spherical_lfm.decoder import checkpoints, newest_checkpoint
 from spherical_lfm.training import TrainConfig, Trainer, model_flops
 
@@ -78,7 +79,10 @@ def test_two_processes_encode_and_sample_as_one_does(pair, latents, tmp_path):
     assert torch.equal(whole.y, parts.y)
     torch.testing.assert_close(parts.z['z'], whole.z['z'], atol=1e-4, rtol=0)
     alone, shards = together.samples(tmp_path), [load_file(f) for f in sorted((pair/'samples').glob('features-*'))]
-    torch.testing.assert_close(torch.cat([s['features'] for s in shards]), alone['features'], atol=2e-3, rtol=0)
+    both = {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+    torch.testing.assert_close(both['features'], alone['features'], atol=2e-3, rtol=0)
+    reference = {'features': extract_features(digits_images('train')[0], 'digits')}
+    for k, v in score_features(alone, reference).items(): assert score_features(both, reference)[k] == pytest.approx(v, rel=1e-3), k
 
 
 def test_resume_in_a_new_process_is_exact(latents, tmp_path):
