@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def agree(args):
     "The CUDA cases of the tests."
-    tests = subprocess.run([sys.executable, '-m', 'pytest', '-o', 'addopts=', str(ROOT/'tests'/'test_sphere.py'), '-k', 'cuda'], capture_output=True, text=True)
-    write_json(args.out/'gpu_sphere.json', {'returncode': tests.returncode, 'closing_line': tests.stdout.strip().splitlines()[-1]})
+    tests = subprocess.run([sys.executable, '-m', 'pytest', '-o', 'addopts=', str(ROOT/'tests'/'test_sphere.py'), str(ROOT/'tests'/'test_training.py'), '-k', 'cuda'], capture_output=True, text=True)
+    write_json(args.out/'gpu_tests.json', {'returncode': tests.returncode, 'closing_line': tests.stdout.strip().splitlines()[-1]})
 
 
 def bench(args):

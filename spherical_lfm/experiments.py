@@ -381,6 +381,12 @@ Swapping lengths moves a decoded image by {g["swap"]["radius"]:.3f}, directions 
 <h2>Environment</h2><p>{html.escape(env["device"])}; commit {html.escape(str(env["commit"]))}; seeds {env["seeds"]}; {html.escape(versions)}; <code>{html.escape(env["command"])}</code></p></html>'''
 
 # %% ../nbs/11_experiments.ipynb #610240e7
+def _shortened(scale: float) -> Preset:
+    "The `digits` preset at a fraction of its steps and samples, with one checkpoint."
+    base = PRESETS['digits']
+    steps = max(2, round(base.train['steps']*scale))
+    return replace(base, train=base.train | dict(steps=steps, checkpoint_every=steps), samples=max(40, round(base.samples*scale)))
+
 def seeds_study(
     path: str | Path,            # the JSON file to write
     seeds: tuple = (0, 1, 2),    # seeds of training and sampling
@@ -388,9 +394,7 @@ def seeds_study(
     progress: bool = True        # show progress bars
 ) -> dict: # what is written
     "All arms over several seeds at the `digits` preset; final figures only."
-    base = PRESETS['digits']
-    steps = max(2, round(base.train['steps']*scale))
-    preset = Preset(**asdict(base) | dict(train=base.train | dict(steps=steps, checkpoint_every=steps), samples=max(40, round(base.samples*scale))))
+    preset = _shortened(scale)
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
         reference = reference_features(preset, ImageSource('digits'), Path(tmp), progress)
@@ -420,9 +424,7 @@ def solver_study(
     progress: bool = True                   # show progress bars
 ) -> dict: # what is written
     "FID against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
-    base = PRESETS['digits']
-    steps = max(2, round(base.train['steps']*scale))
-    preset = replace(base, train=base.train | dict(steps=steps, checkpoint_every=steps), samples=max(40, round(base.samples*scale)))
+    preset = _shortened(scale)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
