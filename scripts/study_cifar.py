@@ -69,7 +69,7 @@ def job(args, name: str):
     measure = lambda preset=preset, count=preset.curve_samples, **more: score(run, steps, preset, base, reference, labels, count, preset.guidances[0], seed, ('fid',), **more)
     if kind == 'train':
         if arm == RAW: preset = replace(preset, train=preset.train | {'project_velocity': False})
-        result = run_arm(preset, base, latents, reference, run, seed, curve=arm != RAW) | {'arm': arm, 'seed': seed}
+        result = run_arm(preset, base, latents, reference, run, seed, curve=seed == 0 and arm != RAW or arm in ('vanilla-linear', 'spherical-slerp')) | {'arm': arm, 'seed': seed}
     elif kind == 'sweep':
         n, exponential = int(what[2]), what[3] == 'exponential'
         result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **measure(replace(preset, sample_steps=n), preset.curve_samples//2, exponential=exponential)}
