@@ -254,8 +254,9 @@ def prepare_latents(
     folder: Path,              # where latents are cached
     progress: bool = True      # show a progress bar
 ) -> Tokenizer: # the vanilla tokenizer
-    "Encode the source unless a cache of the same images by the same tokenizer is there."
+    "Encode the source unless a cache of the same images by the same tokenizer is there. Raises `ValueError` for a tokenizer without statistics."
     tokenizer = load_tokenizer(preset.tokenizer, spherical=False, device='cuda' if torch.cuda.is_available() else 'cpu')
+    if wants_statistics(tokenizer): raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: run slfm_finetune and give the folders it leaves as tokenizer and control')
     flip = preset.train.get('flip', True)
     wanted = tokenizer.latent_identity, flip, Path(source.source).name, source.split, preset.image_size
     try:

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,11 @@ def test_a_cache_of_other_images_is_not_reused(tmp_path):
     stamp = (tmp_path/'cache'/'index.json').stat().st_mtime_ns
     assert count('train') == 1438 and (tmp_path/'cache'/'index.json').stat().st_mtime_ns == stamp
     assert count('test') == 359
+
+
+def test_a_comparison_wants_standardised_latents(tmp_path):
+    AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, norm_num_groups=4, latent_channels=4, scaling_factor=1.).save_pretrained(tmp_path/'vae')
+    with pytest.raises(ValueError, match='run slfm_finetune'): prepare_latents(replace(PRESETS['digits'], tokenizer=str(tmp_path/'vae')), ImageSource('digits'), tmp_path/'cache')
 
 
 def test_flips_are_latents_of_mirrored_images(tmp_path):
