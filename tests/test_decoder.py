@@ -54,9 +54,13 @@ def test_what_may_not_change_and_what_is_damaged(tmp_path):
     fit()
     for change, words in (({'lr': 1e-3}, 'lr: 0.0005 -> 0.001'), ({'data': images[:100]}, 'images: 1438 -> 100'), ({'tokenizer': start(False)}, 'tokenizer')):
         with pytest.raises(ValueError, match=words): fit(**change)
-    weights = checkpoints(tmp_path)[-1]/'ema.safetensors'
-    weights.write_bytes(weights.read_bytes()[:999])
-    with pytest.raises(ValueError, match='is damaged'): fit(steps=7)
+    for folder in reversed(checkpoints(tmp_path)):
+        weights = folder/'ema.safetensors'
+        weights.write_bytes(weights.read_bytes()[:999])
+        if folder != checkpoints(tmp_path)[0]:
+            with pytest.warns(UserWarning, match='is damaged: going on from the one before'): assert fit(steps=6)['step'] == 6
+            weights.write_bytes(weights.read_bytes()[:999])
+    with pytest.raises(ValueError, match='all checkpoints .* are damaged'): fit(steps=7)
     assert len(checkpoints(tmp_path)) == 2
 
 
