@@ -227,7 +227,7 @@ class ResumableRun:
                     bar.set_postfix({k: f'{v:.4g}' for k, v in row.items() if v is not None})
                     totals, count, mark, since = {}, 0, now, self.step
                 if self.step % c.checkpoint_every == 0 and self.step < end: self._save()
-            self.seconds += time.perf_counter() - mark
+            if count: self.seconds += time.perf_counter() - mark # a call that finds everything done adds nothing
             if self._saved_at != self.step: self._save() # known to every process, while the folder may be ahead of a slow one
         finally:
             bar.close()
