@@ -1,112 +1,253 @@
-"""Build the docs site from the notebooks into _docs, without Quarto.
+"""Build the docs site from the notebooks into _docs, without Quarto and without a network.
 
-nbdev's `proc_nbs` applies directives and writes the documentation of every exported symbol; nbconvert turns the result into
-HTML; formulas become MathML at build time, so that the pages need no script and nothing from outside.
+Notebook directives mean what they mean to nbdev and Quarto; API pages are written from signatures, docstrings and parameter
+comments; Sphinx with the theme Furo renders both. Formulas become MathML at build time, so that no page needs anything from another host.
 """
+import argparse
+import ast
 import html
-import json
+import importlib
+import inspect
 import re
 import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
-from latex2mathml.converter import convert
-from nbconvert import HTMLExporter
-from nbdev.serve import proc_nbs
-from pygments.formatters import HtmlFormatter
+import yaml
+from fastcore.docments import docments
+from sphinx.application import Sphinx
+from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT/'_docs'
-STYLE = '''
-body{margin:0;font:17px/1.6 system-ui,sans-serif;color:#1f2328;display:grid;grid-template-columns:15rem minmax(0,52rem);gap:2.5rem}
-nav{position:sticky;top:0;height:100vh;overflow:auto;padding:1.5rem 1rem;background:#f6f8fa;box-sizing:border-box}
-nav a{display:block;padding:.2rem .5rem;color:inherit;text-decoration:none;border-radius:.3rem}nav a.here{background:#dbe7f5;font-weight:600}
-nav input{width:100%;box-sizing:border-box;margin:.5rem 0;padding:.3rem}nav small{color:#57606a}
-main{padding:1.5rem 1rem 6rem}pre{background:#f6f8fa;padding:.7rem 1rem;overflow:auto;font-size:.82em;line-height:1.45;border-radius:.4rem}
-code{font-size:.88em}:not(pre)>code{background:#f0f2f4;padding:.1em .3em;border-radius:.25em}img{max-width:100%}
-.jp-OutputArea-output pre,.output pre{background:none;border-left:3px solid #d0d7de;border-radius:0}
-table{border-collapse:collapse;font-size:.9em;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.3rem .7rem;border-bottom:1px solid #d0d7de;text-align:left}
-math[display=block]{margin:1rem 0;overflow-x:auto}.anchor-link,.jp-InputPrompt,.jp-OutputPrompt,.prompt{display:none}a{color:#0969da}blockquote{margin-left:0;color:#57606a;font-size:1.1em}
-@media(max-width:800px){body{grid-template-columns:1fr}nav{position:static;height:auto}}
-'''
-SEARCH = '''
-const box=document.getElementById('q'),hits=document.getElementById('hits');
-box.oninput=()=>{const q=box.value.trim().toLowerCase();hits.replaceChildren();if(q.length<2)return;
-for(const [name,url] of INDEX.filter(([n])=>n.toLowerCase().includes(q)).slice(0,12)){const a=document.createElement('a');a.href=url;a.textContent=name;hits.append(a)}};
-'''
+OUT, PAGES = ROOT/'_docs', ROOT/'build'/'docs'
+REPOSITORY = 'https://github.com/spherical-lfm/spherical_lfm'
+MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
 
 
-def with_mathml(text: str) -> str:
-    "Markdown with $...$ and $$...$$ outside code replaced by MathML."
-    def one(match, display):
-        mathml = convert(match[1].strip(), display=display)
-        return ' '.join(mathml.split())
-    parts = re.split(r'(```.*?```|`[^`\n]+`)', text, flags=re.S)
-    for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r'\$\$(.+?)\$\$', lambda m: f'\n{one(m, "block")}\n', parts[i], flags=re.S)
-        parts[i] = re.sub(r'(?<!\\)\$([^$\n]+?)\$', lambda m: one(m, 'inline'), parts[i])
-    return ''.join(parts)
+def sidebar() -> list: # [(section or None, [stems])]
+    "Sections and notebooks in reading order, from the sidebar that Quarto reads."
+    contents = yaml.safe_load((ROOT/'nbs'/'sidebar.yml').read_text())['website']['sidebar']['contents']
+    return [(None, [Path(c).stem]) if isinstance(c, str) else (c['section'], [Path(p).stem for p in c['contents']]) for c in contents]
 
 
-def symbols() -> dict:
-    "Exported names and the pages that define them, from the index that nbdev writes."
-    scope = {}
-    exec((ROOT/'spherical_lfm'/'_modidx.py').read_text(), scope)
-    return {name.rpartition('.')[2] if name.count('.') == 2 else '.'.join(name.split('.')[2:]): url.partition('/')[2] if url.startswith('spherical_lfm/') else url
-            for module in scope['d']['syms'].values() for name, (url, _) in module.items()}
+def page_of(stem: str) -> str:
+    "Address of a notebook's page: its name without the number."
+    return re.sub(r'^\d+_', '', stem)
 
 
-def link_symbols(page: str, known: dict, here: str) -> str:
-    "Turn `name` in code font into a link where the name is an exported symbol of another page."
-    def link(match):
-        url = known.get(match[1].removesuffix('()'))
-        return match[0] if url is None or url.startswith(here + '#') else f'<a href="{url}">{match[0]}</a>'
-    parts = re.split(r'(<pre.*?</pre>|<a .*?</a>|<h\d.*?</h\d>)', page, flags=re.S)
-    return ''.join(p if i % 2 else re.sub(r'<code>([\w.()]+)</code>', link, p) for i, p in enumerate(parts))
+def slug(heading: str) -> str:
+    "Anchor of a heading."
+    return re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-')
 
 
-def title_of(notebook) -> str:
-    "The first heading of a notebook."
-    return next(line.removeprefix('# ') for c in notebook.cells if c.cell_type == 'markdown' for line in c.source.splitlines() if line.startswith('# '))
+def exported() -> dict: # name -> dotted name
+    "Every exported name, methods of exported classes as `Class.method`."
+    known = {}
+    for module in MODULES:
+        mod = importlib.import_module(f'spherical_lfm.{module}')
+        for name in mod.__all__:
+            if name in known: continue # a name that a later module passes on
+            known[name] = f'spherical_lfm.{module}.{name}'
+            if inspect.isclass(obj := getattr(mod, name)):
+                known |= {f'{name}.{m}': f'spherical_lfm.{module}.{name}.{m}' for m in public_methods(obj)}
+    return known
 
 
-def documentation(cell):
-    "A `show_doc` cell as the text it printed, without Pandoc attributes; any other cell as it is."
-    if cell.cell_type != 'code' or 'show_doc(' not in cell.source: return cell
-    text = ''.join(o.data.get('text/markdown', '') for o in cell.outputs if 'data' in o)
-    return nbformat.v4.new_markdown_cell(re.sub(r'\{(target|\.)[^}]*\}', '', text))
+def public_methods(cls) -> dict: # name -> function or property
+    "Documented methods that a class defines itself."
+    return {n: m for n, m in vars(cls).items() if not n.startswith('_') and (inspect.isfunction(m) or isinstance(m, (property, classmethod, staticmethod))) and inspect.getdoc(getattr(m, 'fget', None) or m)}
 
 
-def build():
-    "Render every processed notebook into a page."
-    processed = proc_nbs(n_workers=0, force=True)
+class Page:
+    "A notebook as a page: directives applied, links and names resolved."
+    def __init__(self, stem: str, known: dict):
+        self.stem, self.known = stem, known
+        self.source = nbformat.read(ROOT/'nbs'/f'{stem}.ipynb', 4)
+        first = self.source.cells[0].source.splitlines()
+        self.title = first[0].removeprefix('# ')
+        self.description = next((line.removeprefix('> ') for line in first if line.startswith('> ')), '')
+
+    def sections(self) -> set:
+        "Anchors of the headings."
+        return {slug(h) for c in self.source.cells if c.cell_type == 'markdown' for h in re.findall(r'^#+ (.+)$', c.source, re.M)}
+
+    def text(self, source: str) -> str:
+        "Markdown with links between notebooks as links between pages, and names in code font as links to their documentation."
+        def name(match): return f'{{py:obj}}`{match[1]} <{self.known[match[1]]}>`' if match[1] in self.known else match[0]
+        def link(match): return f']({page_of(match[1])}.ipynb{"#" + slug(match[2][1:].replace("-", " ")) if match[2] else ""})'
+        parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\)|<summary>.*?</summary>)', source, flags=re.S | re.M)
+        for i, part in enumerate(parts): parts[i] = re.sub(r'\]\(([\w]+)\.ipynb(#[^)]+)?\)', link, part) if i % 2 else re.sub(r'(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)', name, part)
+        return ''.join(parts)
+
+    def code(self, cell):
+        "A code cell for the renderer, or None if its directives say that no page shows it."
+        lines = cell.source.splitlines()
+        directives = dict(re.match(r'#\|\s*([\w-]+):?\s*(.*)$', line).groups() for line in lines if line.startswith('#|'))
+        source = '\n'.join(line for line in lines if not line.startswith('#|')).strip('\n')
+        if not source or directives.keys() & {'hide', 'export', 'exporti', 'default_exp'}: return None
+        tags = [tag for directive, value, tag in (('echo', 'false', 'remove-input'), ('output', 'false', 'remove-output'), ('code-fold', 'true', 'hide-cell')) if directives.get(directive) == value]
+        metadata = {'tags': tags, 'mystnb': {}}
+        if 'fig-alt' in directives: metadata['mystnb']['image'] = {'alt': directives['fig-alt'].strip('"')}
+        if 'hide-cell' in tags: metadata['mystnb'] |= {'code_prompt_show': directives.get('code-summary', 'Solution').strip('"'), 'code_prompt_hide': 'Hide'}
+        return nbformat.v4.new_code_cell(source, outputs=cell.outputs, metadata=metadata)
+
+    def write(self, extra: str = ''):
+        "Write the page for Sphinx."
+        cells = [nbformat.v4.new_markdown_cell(self.text(c.source)) if c.cell_type == 'markdown' else self.code(c) for c in self.source.cells]
+        if extra: cells.append(nbformat.v4.new_markdown_cell(extra))
+        nbformat.write(nbformat.v4.new_notebook(cells=[c for c in cells if c], metadata=self.source.metadata), PAGES/f'{page_of(self.stem)}.ipynb')
+
+    def examples(self, name: str) -> list: # [(code, language, anchor of its section)]
+        "Visible cells and command lines that use an exported name, shortest first."
+        section, found, call = '', [], re.compile(rf'(?<![\w.\'"]){name}\b')
+        for c in self.source.cells:
+            if c.cell_type == 'markdown':
+                section = ([section] + [slug(h) for h in re.findall(r'^##+ (.+)$', c.source, re.M)])[-1]
+                if name.startswith('slfm_'): found += [(line.strip(), 'sh', section) for line in re.findall(rf'(?:^|`)({name} [^`\n]+)', c.source, re.M)]
+            elif (code := self.code(c)) and not c.source.startswith('#| export') and call.search(code.source): found.append((code.source, 'python', section))
+        return sorted(found, key=lambda f: len(f[0]))
+
+
+def escape(text: str) -> str:
+    "Plain text of a docstring or comment as Markdown, code in backticks left alone."
+    parts = re.split(r'(`[^`]*`)', text)
+    return ''.join(p if i % 2 else re.sub(r'([<*\[\]$|])', r'\\\1', p) for i, p in enumerate(parts))
+
+
+def annotation(obj) -> str:
+    "A type as it would be written."
+    return '' if obj is inspect.Parameter.empty or obj is None else obj if isinstance(obj, str) else re.sub(r'(?:[a-z_]+\.)+', '', inspect.formatannotation(obj))
+
+
+def code_font(obj) -> str:
+    "A type in code font, fit for a table."
+    return f'`{typed}`'.replace('|', '\\|') if (typed := annotation(obj)) else ''
+
+
+class Elided:
+    "Stands for a default that is too long for a signature."
+    def __repr__(self): return '…'
+
+
+class Reference:
+    "The reference page of one module."
+    def __init__(self, module: str, pages: list, known: dict):
+        self.module, self.pages, self.known = module, pages, known
+        self.mod = importlib.import_module(f'spherical_lfm.{module}')
+        self.chapter = next(p for p in pages if page_of(p.stem) == module)
+        tree = ast.parse(inspect.getsource(self.mod))
+        self.constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+        self.lines = inspect.getsource(self.mod).splitlines()
+        self.without_example = []
+
+    def parameters(self, obj) -> str:
+        "Table of parameters, and what is returned."
+        docs = {k: v for k, v in docments(obj, full=True, returns=True).items() if k not in ('self', 'cls')}
+        returns = docs.pop('return', None)
+        rows = ['| parameter | type | default | meaning |', '|---|---|---|---|'] if docs else []
+        for name, d in docs.items(): rows.append(f'| `{name}` | {code_font(d["anno"])} | {self.default(d["default"])} | {escape(" ".join((d["docment"] or "").split()))} |')
+        out = '\n'.join(rows) + '\n\n' if rows else ''
+        if returns and (typed := code_font(returns['anno'])) + (said := escape(returns['docment'] or '')): out += f'**Returns** {typed} {said}\n\n'
+        return out
+
+    def default(self, value) -> str:
+        "A default as it is written, long ones left out."
+        if value is inspect.Parameter.empty: return ''
+        text = getattr(value, '__name__', repr(value))
+        return '`…`' if len(text) > 60 or text.startswith('<') else f'`{text}`'.replace('|', '\\|')
+
+    def prose(self, obj) -> str:
+        "A docstring, what it says of errors in a paragraph of its own."
+        doc = ' '.join((inspect.getdoc(obj) or '').split())
+        errors = ' '.join(re.findall(r'[Rr]aises [^.]*(?:\.\w[^.]*)*\.?', doc))
+        rest = re.sub(r'[;,.]?\s*[Rr]aises [^.]*(?:\.\w[^.]*)*\.?', '.', doc).strip(' .')
+        return f'{escape(rest)}.\n\n' + (f'**Errors** {escape(errors.removeprefix("Raises ").removeprefix("raises "))}\n\n' if errors else '')
+
+    def example(self, name: str) -> str:
+        "A use of the name: from its own chapter, from another one, or else from the package or the tests."
+        for page in [self.chapter, *(p for p in self.pages if p is not self.chapter)]:
+            for code, language, section in page.examples(name)[:1]:
+                return f'**Example** from [{page.title}](../{page_of(page.stem)}.ipynb{f"#{section}" if section else ""})\n\n```{language}\n{code.rstrip()}\n```\n\n'
+        for file in [*sorted((ROOT/'spherical_lfm').glob('[a-z]*.py')), *sorted((ROOT/'tests').glob('*.py'))]:
+            uses = [f for f in ast.walk(ast.parse(file.read_text())) if isinstance(f, ast.stmt) and not isinstance(f, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.If, ast.With, ast.For, ast.Try))
+                    and any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(f))]
+            if uses:
+                use = min(uses, key=lambda f: (f.end_lineno - f.lineno, f.lineno))
+                code = textwrap.dedent('\n'.join(file.read_text().splitlines()[use.lineno - 1:use.end_lineno]))
+                where = file.relative_to(ROOT).as_posix()
+                return f'**In use** in [{where}]({REPOSITORY}/blob/main/{where}#L{use.lineno})\n\n```python\n{code}\n```\n\n'
+        self.without_example.append(name)
+        return ''
+
+    def source(self, obj) -> str:
+        "Link to the lines on the repository."
+        lines, start = inspect.getsourcelines(obj)
+        return f'[Source in the repository]({REPOSITORY}/blob/main/spherical_lfm/{self.module}.py#L{start}-L{start + len(lines) - 1})\n'
+
+    def signature(self, name: str, obj) -> str:
+        "Name with parameters, types and defaults; a multi-line default is cut."
+        try: sig = inspect.signature(obj)
+        except ValueError: return f'{name}()'
+        parameters = [p.replace(annotation=inspect.Parameter.empty) for n, p in sig.parameters.items() if n not in ('self', 'cls')]
+        parameters = [p.replace(default=Elided()) if p.default is not p.empty and (len(repr(p.default)) > 40 or callable(p.default)) else p for p in parameters]
+        return f'{name}{inspect.Signature(parameters)}'
+
+    def entry(self, name: str) -> str:
+        "One exported name."
+        obj = getattr(self.mod, name)
+        if name in self.constants and not inspect.isfunction(obj):
+            node = self.constants[name]
+            comment = self.lines[node.lineno - 1].partition('#:')[2] or self.lines[node.end_lineno - 1].partition('# ')[2]
+            code = '\n'.join(self.lines[node.lineno - 1:node.end_lineno])
+            return f'````{{py:data}} {name}\n:module: spherical_lfm.{self.module}\n\n{escape(comment.strip(": "))}\n\n```python\n{code}\n```\n````\n\n'
+        if inspect.isclass(obj):
+            body = f'`````{{py:class}} {self.signature(name, obj)}\n:module: spherical_lfm.{self.module}\n\n{self.prose(obj)}{self.parameters(obj)}{self.example(name)}{self.source(obj)}\n'
+            for m, f in public_methods(obj).items():
+                if isinstance(f, property): body += f'````{{py:property}} {m}\n\n{self.prose(f.fget)}````\n\n'
+                else:
+                    plain = getattr(f, '__func__', f)
+                    body += f'````{{py:method}} {self.signature(m, plain)}\n{":classmethod:" if isinstance(f, classmethod) else ""}\n\n{self.prose(plain)}{self.parameters(plain)}````\n\n'
+            return body + '`````\n\n'
+        return f'`````{{py:function}} {self.signature(name, obj)}\n:module: spherical_lfm.{self.module}\n\n{self.prose(obj)}{self.parameters(obj)}{self.example(name)}{self.source(obj)}`````\n\n'
+
+    def write(self):
+        "Write the page for Sphinx."
+        names = [n for n in self.mod.__all__ if getattr(getattr(self.mod, n), '__module__', self.mod.__name__) == self.mod.__name__]
+        text = f'# spherical_lfm.{self.module}\n\n> {self.chapter.description}\n\nTaught in [{self.chapter.title}](../{self.module}.ipynb).\n\n```{{py:module}} spherical_lfm.{self.module}\n```\n\n'
+        (PAGES/'api'/f'{self.module}.md').write_text(text + ''.join(map(self.entry, names)))
+
+
+def toctree(caption: str | None, entries: list) -> str:
+    "A hidden part of the sidebar."
+    return '```{toctree}\n:hidden:\n' + (f':caption: {caption}\n' if caption else '') + '\n' + '\n'.join(entries) + '\n```\n\n'
+
+
+def build(strict: bool = True) -> int:
+    "Write the pages, render them, and say how many there are; with `strict` every warning is an error."
+    shutil.rmtree(PAGES, ignore_errors=True)
+    (PAGES/'api').mkdir(parents=True)
+    known, sections = exported(), sidebar()
+    pages = [Page(stem, known) for _, stems in sections for stem in stems]
+    trees = ''.join(toctree(section, [page_of(s) for s in stems]) for section, stems in sections[1:])
+    trees += toctree('Reference', [f'api/{m}' for m in MODULES])
+    for page in pages: page.write(trees if page.stem == 'index' else '')
+    references = [Reference(m, pages, known) for m in MODULES]
+    for r in references: r.write()
+    if (ROOT/'nbs'/'images').exists(): shutil.copytree(ROOT/'nbs'/'images', PAGES/'images')
     shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
-    sources = {p.stem: nbformat.read(p, 4) for p in sorted((ROOT/'nbs').glob('*.ipynb'))}
-    order = ['index', *(s for s in sources if s != 'index')]
-    address = {stem: re.sub(r'^\d+_', '', stem) + '.html' for stem in order}
-    titles = {stem: title_of(sources[stem]) for stem in order}
-    known = {k: re.sub(r'^\d+_', '', v) for k, v in symbols().items()}
-    exporter = HTMLExporter(template_name='basic')
-    index = sorted([k, v] for k, v in known.items()) + [[titles[s], address[s]] for s in order]
-    for stem in order:
-        notebook = nbformat.read(processed/f'{stem}.ipynb', 4)
-        front = next(c.source for c in sources[stem].cells if c.cell_type == 'markdown') # nbdev turns title and description into front matter
-        notebook.cells = [nbformat.v4.new_markdown_cell(front), *(documentation(c) for c in notebook.cells if c.cell_type != 'raw')]
-        for cell in notebook.cells:
-            cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
-            if cell.cell_type == 'markdown': cell.source = with_mathml(cell.source)
-        body, _ = exporter.from_notebook_node(notebook)
-        for other, url in address.items(): body = body.replace(f'href="{other}.ipynb"', f'href="{url}"')
-        body = link_symbols(body, known, address[stem])
-        links = ''.join(f'<a href="{address[s]}"{" class=here" if s == stem else ""}>{html.escape(titles[s])}</a>' for s in order)
-        (OUT/address[stem]).write_text(
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<title>{html.escape(titles[stem])} – spherical_lfm</title><style>{STYLE}{HtmlFormatter(style="default").get_style_defs(".highlight")}</style></head>'
-            f'<body><nav><strong>spherical_lfm</strong><input id="q" type="search" placeholder="find a symbol or chapter" aria-label="search"><div id="hits"></div>{links}</nav>'
-            f'<main>{body}</main><script>const INDEX={json.dumps(index)};{SEARCH}</script></body></html>')
-    if (ROOT/'nbs'/'images').exists(): shutil.copytree(ROOT/'nbs'/'images', OUT/'images')
-    print(f'{len(order)} pages in {OUT.relative_to(ROOT)}')
+    descriptions = {page_of(p.stem): html.escape(p.description, quote=True) for p in pages} | {f'api/{m}': f'Reference of spherical_lfm.{m}: signatures, parameters, errors, examples, source.' for m in MODULES}
+    with patch_docutils(ROOT/'scripts'/'site'), docutils_namespace():
+        app = Sphinx(PAGES, ROOT/'scripts'/'site', OUT, ROOT/'build'/'doctrees', 'html', confoverrides={'descriptions': descriptions}, freshenv=True, warningiserror=strict, status=None, parallel=2)
+        app.build()
+    missing = [f'{r.module}.{n}' for r in references for n in r.without_example]
+    if missing: print('no example in any notebook:', ', '.join(missing))
+    print(f'{len(pages) + len(references)} pages in {OUT.relative_to(ROOT)}')
+    return app.statuscode
 
 
-if __name__ == '__main__': build()
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--lenient', action='store_true', help='let warnings pass')
+    sys.exit(build(not parser.parse_args().lenient))

@@ -50,7 +50,13 @@ def solvers(out: Path, scale: float):
     solver_study(out/'results'/'digits_solvers.json', scale=scale)
 
 
-STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, solvers)}
+def evolution(out: Path, scale: float):
+    "Samples on their way from noise to image, along the chord and along the arc."
+    from spherical_lfm.experiments import evolution_study
+    evolution_study(out/'results'/'digits_evolution.png', scale=scale)
+
+
+STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, solvers, evolution)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

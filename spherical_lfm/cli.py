@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,8 +96,9 @@ def slfm_compare(
 ):
     "The matched comparison: train, sample and score each arm under one protocol, and write report.json, table.csv and report.html; also under `accelerate launch`."
     chosen = get_preset(preset)
-    given = dict(tokenizer=tokenizer, control=control, samples=samples)
-    chosen = replace(chosen, **{k: v for k, v in given.items() if v}, **({'train': chosen.train | {'steps': steps}} if steps else {}))
+    given: dict[str, Any] = {k: v for k, v in dict(tokenizer=tokenizer, control=control, samples=samples).items() if v}
+    if steps: given['train'] = chosen.train | {'steps': steps}
+    chosen = replace(chosen, **given)
     report = compare(chosen, _arms(arms), out, images, seed, not no_curve)
     if report: _print_report(report, out)
 
@@ -326,7 +328,8 @@ def slfm_evaluate(
     out: str = ''                   # JSON file for the result; empty prints only
 ):
     "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
-    parts, run, setting = all_parts(extractor), Path(samples), {}
+    parts, run = all_parts(extractor), Path(samples)
+    setting: dict[str, Any] = {}
     features = lambda source: extract_features(tqdm(source_batches(source, size), desc=f'features of {Path(source).name}', unit='batch'), extractor, parts=parts)
     real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference)
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
@@ -537,7 +540,7 @@ def bench_tokenizer(
     batch_size: int = 32, # images per encoder call
     rounds: int = 5       # alternating passes
 ) -> dict: # 'analyze', 'encode': each a `time_ratio` against the bare encoder; 'peak_memory'
-    "What surrounds the encoder, as a ratio: decoding of image files, transforms, statistics and writing on one side, the bare encoder loop over the same images in memory on the other; and the peak memory of 1,000 and 10,000 images."
+    "What surrounds the encoder, as a ratio: decoding of image files, transforms, statistics and writing on one side, the bare encoder loop over the same images in memory on the other; and the peak memory of 1,000 and 10,000 images. Raises `ValueError` if no image can be read."
     tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
     order = torch.arange(count) % len(source)
     batches = [x for x, _ in source.batches(batch_size, order)]

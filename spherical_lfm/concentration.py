@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATH_NAMES', 'chi_mean', 'chi_variance', 'shell_tail_bound', 'norm_stats', 'RunningMoments', 'processes',
            'merge_over_processes', 'plot_norms', 'path_norms', 'radial_share', 'chord_radial_share', 'chord_excursion',
-           'isotropic_pair', 'pair_profile', 'TokenStatistics', 'plot_radial_share', 'plot_path_norms', 'geometry_row',
-           'plot_geometry']
+           'isotropic_pair', 'pair_profile', 'TokenStatistics', 'path_style', 'plot_radial_share', 'plot_path_norms',
+           'geometry_row', 'plot_geometry']
 
 # %% ../nbs/01_concentration.ipynb #1fcc3b52
 import functools
@@ -124,7 +124,8 @@ def plot_norms(
             d = z.d
             edges, density = z.density()
             ax.stairs(density, edges, fill=True, alpha=.5, label=name)
-    x = np.linspace(*ax.get_xlim(), 400).clip(0)
+    low, high = ax.get_xlim()
+    x = np.linspace(low, high, 400).clip(0)
     ax.plot(x, chi.pdf(x*math.sqrt(d), d)*math.sqrt(d), 'k', lw=1.5, label=f'Gaussian shell, d = {d}')
     ax.set(xlabel='token length / $\\sqrt{d}$', ylabel='density')
     ax.legend(fontsize=8)
@@ -261,7 +262,7 @@ class TokenStatistics:
         return self
 
     def density(self) -> tuple: # (edges [n + 1], density [n]) of length / sqrt(d), as arrays
-        "Histogram of token length / sqrt(d) where there are tokens, as a density."
+        "Histogram of token length / sqrt(d) where there are tokens, as a density. Raises `ValueError` if none have been seen."
         inside = self._bins[1:-1]
         used = inside.nonzero().flatten()
         if not len(used): raise ValueError('no tokens have been seen')
@@ -277,11 +278,11 @@ class TokenStatistics:
 
     def excursion(self) -> float: # in units of σ
         "Largest distance of the mean chord from the nearer endpoint shell, in units of that shell's σ."
-        shells = [(m.mean.item(), m.std.item()) for m in (self.noise, self.lengths)]
-        return chord_excursion(self.along['linear'].mean, shells)
+        noise, data = ((m.mean.item(), m.std.item()) for m in (self.noise, self.lengths))
+        return chord_excursion(self.along['linear'].mean, (noise, data))
 
     def summary(self) -> dict: # JSON-ready
-        "Everything as numbers: lengths, and for each path its curves over t."
+        "Everything as numbers: lengths, and for each path its curves over t. Raises `ValueError` if no tokens have been seen."
         n = self.lengths
         if not n.count: raise ValueError('no tokens have been seen')
         mean, std, root = n.mean.item(), n.std.item(), math.sqrt(self.d)
@@ -296,6 +297,16 @@ class TokenStatistics:
                 'paths': {p: {'mean_over_sqrt_d': numbers(self.along[p].mean/root), 'std_over_sqrt_d': numbers(self.along[p].std/root), 'radial_share': numbers(self.share(p))} for p in PATH_NAMES}}
         return out
 
+# %% ../nbs/01_concentration.ipynb #20893905
+_STYLES = {'linear': ('#0072B2', '--'), 'shell': ('#E69F00', '-.'), 'spherical-linear': ('#009E73', ':'), 'slerp': ('#D55E00', '-')}
+_PLAIN = {'chord': 'linear', 'vanilla-linear': 'linear', 'vanilla-shell': 'shell', 'arc': 'slerp', 'spherical-slerp': 'slerp'}
+
+def path_style(
+    name: str # a path or an arm: 'chord', 'linear', 'vanilla-shell', 'spherical-slerp', ...
+) -> dict: # keywords for matplotlib's `plot`: 'color' and 'linestyle'; empty for any other name
+    "Colour and dash of a path or an arm."
+    return dict(zip(('color', 'linestyle'), _STYLES.get(_PLAIN.get(name, name), ())))
+
 # %% ../nbs/01_concentration.ipynb #1c168ab3
 def plot_radial_share(
     curves: dict,              # name -> (times [n], radial share [n])
@@ -305,7 +316,7 @@ def plot_radial_share(
     "Radial share over time for several paths; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
-    for name, (times, share) in curves.items(): ax.plot(times, share, label=name)
+    for name, (times, share) in curves.items(): ax.plot(times, share, label=name, **path_style(name))
     if radii: ax.plot(times, chord_radial_share(times, *radii), 'k:', label='closed form of the chord')
     ax.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))
     ax.legend(fontsize=8)
@@ -321,8 +332,8 @@ def plot_path_norms(
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for name, (times, c) in curves.items():
         mean, std = c['mean']/math.sqrt(d), c['std']/math.sqrt(d)
-        ax.plot(times, mean, label=name)
-        ax.fill_between(times, mean - std, mean + std, alpha=.12)
+        line, = ax.plot(times, mean, label=name, **path_style(name))
+        ax.fill_between(times, mean - std, mean + std, alpha=.12, color=line.get_color())
     ax.set(xlabel='t (noise to data)', ylabel='token length / $\\sqrt{d}$')
     ax.legend(fontsize=8)
     return ax
@@ -356,8 +367,8 @@ def plot_geometry(
         for colour, mean, std, what in (('tab:gray', p['gaussian_mean_over_sqrt_d'], p['gaussian_mean_over_sqrt_d']*p['gaussian_cv'], 'noise shell'), ('tab:olive', p['mean_over_sqrt_d'], p['mean_over_sqrt_d']*p['cv'], 'data shell')):
             middle.axhspan(mean - std, mean + std, color=colour, alpha=.15, label=f'{what}, ±1 σ')
         for path, c in p['paths'].items():
-            middle.plot(t, c['mean_over_sqrt_d'], label=path)
-            bottom.plot(t, c['radial_share'], label=path)
+            middle.plot(t, c['mean_over_sqrt_d'], label=path, **path_style(path))
+            bottom.plot(t, c['radial_share'], label=path, **path_style(path))
         bottom.plot(t, p['chord_radial_share_closed_form'], 'k:', label='closed form, linear')
         middle.set(xlabel='t (noise to data)', ylabel='mean token length / $\\sqrt{d}$', title=f'the chord leaves the nearer shell by {p["excursion_sigma"]:.2f} σ')
         bottom.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,8 @@ class DataOrder:
         batch_size: int, # images per step
         seed: int        # of the permutations
     ):
-        self.count, self.batch_size, self.seed, self._epochs = count, batch_size, seed, {}
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._epochs: dict[int, Tensor] = {}
 
     def _shuffle(self, epoch: int) -> Tensor: return torch.randperm(self.count, generator=seeded_generator('cpu', self.seed, epoch))
 
@@ -110,7 +112,8 @@ class ReadAhead:
         read: Callable, # step -> anything; a function of the step alone
         depth: int = 2  # steps that are kept ready
     ):
-        self.read, self.depth, self.waited, self._ready, self._pool = read, depth, 0., {}, ThreadPoolExecutor(max(1, depth), 'slfm-read')
+        self.read, self.depth, self.waited, self._pool = read, depth, 0., ThreadPoolExecutor(max(1, depth), 'slfm-read')
+        self._ready: dict = {}
 
     def __call__(self,
         step: int # any step; the next one is the cheapest
@@ -150,6 +153,7 @@ def newest_checkpoint(
         if whole(folder): return folder
         warnings.warn(f'checkpoint {folder} is damaged: going on from the one before')
     if found: raise ValueError(f'all checkpoints in {run} are damaged: remove them to start anew')
+    return None
 
 def optimizer_tensors(
     model: nn.Module,                 # whose parameters it optimises, wrapped or not
@@ -157,7 +161,7 @@ def optimizer_tensors(
 ) -> dict: # 'parameter/entry' -> tensor; empty before the first step
     "The state of an optimiser as named tensors, whole, on the main process; empty on the others."
     if not optimizer.state: return {}
-    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
+    state: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
     return {f'{name}/{k}': v.contiguous() for name, s in state.items() for k, v in s.items()}
 
 def restore_optimizer(
@@ -167,7 +171,7 @@ def restore_optimizer(
 ):
     "Give an optimiser the state it had."
     if not tensors: return
-    state = {}
+    state: dict = {}
     for key, v in tensors.items():
         name, _, k = key.rpartition('/')
         state.setdefault(name, {})[k] = v
@@ -177,8 +181,8 @@ def restore_optimizer(
 
 @contextmanager
 def swapped_weights(
-    weights: list[Tensor], # parameters
-    other: list[Tensor]    # what they hold for a while
+    weights: Iterable[Tensor], # parameters
+    other: Iterable[Tensor]    # what they hold for a while
 ):
     "Put `other` into the parameters, and back again."
     kept = [p.detach().clone() for p in weights]
@@ -194,9 +198,21 @@ class ResumableRun:
 
     `config` has `steps`, `batch_size`, `log_every`, `checkpoint_every`. `train_step` returns named tensors on the device, whose means over an interval are logged; 'loss' is watched.
     """
-    free = ('steps', 'log_every', 'checkpoint_every', 'compile') #: settings that may change between calls
+    free: tuple = ('steps', 'log_every', 'checkpoint_every', 'compile') #: settings that may change between calls
     memory_advice = 'lower the batch size' #: what to do when memory runs out
-    step, seconds, _stop, _board, _saved_at = 0, 0., False, None, None
+    step, seconds, _stop = 0, 0., False
+    _board: Any = None
+    _saved_at: int | None = None
+    accelerator: Accelerator
+    config: Any
+    out: Path
+    name: str
+    order: DataOrder
+    weights: tuple | list
+    info: dict
+    train_step: Callable
+    save: Callable
+    load: Callable
 
     def fit(self,
         until: int | None = None,     # stop after this many steps in total; None means `config.steps`
@@ -206,7 +222,8 @@ class ResumableRun:
         "Train. SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return. Raises `FloatingPointError` if the loss diverges, `torch.OutOfMemoryError` with what helps; checkpoints stay as they are."
         self._begin(resume)
         c, end = self.config, min(until or self.config.steps, self.config.steps)
-        totals, count, mark, since = {}, 0, time.perf_counter(), self.step
+        totals: dict = {}
+        count, mark, since = 0, time.perf_counter(), self.step
         self._bad = torch.full((1,), -1., device=self.accelerator.device)
         bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not (progress and self.accelerator.is_main_process))
         handlers = self._catch_signals()
@@ -293,7 +310,8 @@ class ResumableRun:
             kept = [json.dumps(r) + '\n' for r in self.log() if r['step'] <= self.step]
             with atomic_write(self.out/'log.jsonl') as f: f.write_text(''.join(kept))
             if getattr(self.config, 'tensorboard', False):
-                from torch.utils.tensorboard import SummaryWriter
+                try: from torch.utils.tensorboard import SummaryWriter
+                except ImportError as e: raise ValueError('TensorBoard is not installed: pip install tensorboard, or leave tensorboard off') from e
                 self._board = SummaryWriter(self.out/'tensorboard', purge_step=self.step + 1)
         self.accelerator.wait_for_everyone()
 
@@ -309,11 +327,11 @@ class ResumableRun:
         if weights:
             healthy = torch.stack(torch._foreach_norm(list(self.weights))).isfinite().all()
             bad = torch.where((bad < 0) & ~healthy, float(self.step - 1), bad)
-        bad = [int(b) for b in self.accelerator.gather(bad).tolist() if b >= 0]
-        if not bad: return
-        batch, last = self.order.indices(min(bad)).tolist(), checkpoints(self.out)
-        if self.accelerator.is_main_process: write_json(self.out/'divergence.json', {'step': min(bad), 'batch': batch})
-        raise FloatingPointError(f'the loss became NaN or Inf at step {min(bad)} (images {", ".join(map(str, batch[:4]))}, ... of the data, all in {self.out/"divergence.json"}): '
+        steps = [int(b) for b in self.accelerator.gather(bad).tolist() if b >= 0]
+        if not steps: return
+        batch, last = self.order.indices(min(steps)).tolist(), checkpoints(self.out)
+        if self.accelerator.is_main_process: write_json(self.out/'divergence.json', {'step': min(steps), 'batch': batch})
+        raise FloatingPointError(f'the loss became NaN or Inf at step {min(steps)} (images {", ".join(map(str, batch[:4]))}, ... of the data, all in {self.out/"divergence.json"}): '
                                  f'lower lr, set max_grad_norm, or look at these images; last good checkpoint: {last[-1] if last else "none yet"}')
 
     def _log(self, row: dict):
@@ -379,7 +397,8 @@ class _Decode(nn.Module):
 class _Feed:
     "Batches by step from a tensor or from anything with `len` and `[n] -> (image, label)`, the next one read ahead; images that cannot be read give way to the next that can."
     def __init__(self, images, config: FinetuneConfig, share: slice):
-        self.images, self.config, self.share, self.skipped = images, config, share, set()
+        self.images, self.config, self.share = images, config, share
+        self.skipped: set[int] = set()
         self.order, self.ahead = DataOrder(len(images), config.batch_size, config.seed), ReadAhead(self._read, 1)
 
     def _one(self, n: int) -> Tensor:
@@ -566,7 +585,8 @@ def reconstruction_metrics(
     if decoder.latent_identity != tokenizer.latent_identity: raise ValueError('the two tokenizers do not share their latents: encoders or transforms differ')
     where = next(tokenizer.parameters()).device
     measures = {'psnr': psnr, 'ssim': ssim, **(distances or {})}
-    rows, real, fake = {k: [] for k in measures}, [], []
+    rows: dict[str, list] = {k: [] for k in measures}
+    real, fake = [], []
     for x in images.split(batch_size) if torch.is_tensor(images) else images:
         x = x.to(where)
         y = decoder.decode(tokenizer.encode(x)).clamp(-1, 1)

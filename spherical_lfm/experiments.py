@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name',
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
-           'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'analyze_tokens', 'analyze_study',
-           'paper_geometry', 'probe_study', 'finetune_study', 'starting_tokenizer']
+           'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
+           'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
+           'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
@@ -24,20 +25,21 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes
+from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from .fidelity import EXTRACTORS, all_parts, evaluate, extract_features, feature_function, generate, protocol_of, score_features
 from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
 from .paths import ARMS, arm_path
 from .probes import (efficientnet_distance, find_partners, get_distances, plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
                                   sensitivity, summarise_swaps, swap_strip)
-from .sampling import METHODS, load_run, sample
+from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
 from .sphere import project
 from .tokenizers import DATA, Tokenizer, atomic_write, channel_rows, digits_images, load_tokenizer, save_grid, show_images, standardise, write_json
@@ -72,7 +74,7 @@ def _paper(tokenizer: str, model: str, guidances: tuple) -> Preset:
     return Preset(tokenizer, 256, dict(model=model, steps=400_365, precision='bf16', compile=True), guidances=guidances, precision='bf16', reported=_REPORTED,
                   note=f'arXiv 2605.15193: {tokenizer}, {model}, 80 epochs of ImageNet at 256 px')
 
-_CIFAR = dict(tokenizer='taef2', image_size=64, extractor='efficientnet', precision='bf16', sample_steps=50, guidances=(1., 1.5))
+_CIFAR: dict[str, Any] = dict(tokenizer='taef2', image_size=64, extractor='efficientnet', precision='bf16', sample_steps=50, guidances=(1., 1.5))
 
 PRESETS = {
     'digits': Preset('digits', 16, dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False, log_every=50, checkpoint_every=400),
@@ -152,8 +154,8 @@ def reference_features(
     file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count, 'precision': preset.precision}
     kept = json.loads((folder/'reference.json').read_text()) if (folder/'reference.json').exists() else None
     if kept != plan and processes().is_main_process:
-        wanted = source.shuffled(0)[:preset.reference_count] if preset.reference_count else None
-        batches = tqdm((x for x, _ in source.batches(64, wanted)), desc='features of real images', unit='batch', disable=not progress)
+        order = source.shuffled(0) if preset.reference_count else None
+        batches = tqdm((x for x, _ in source.batches(64, order, preset.reference_count)), desc='features of real images', unit='batch', disable=not progress)
         with _autocast(preset.precision): found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
         with atomic_write(file) as f: save_file(found, f)
         write_json(folder/'reference.json', plan)
@@ -177,15 +179,15 @@ def score(
     decoder: str | None = None,  # another tokenizer to decode with; None takes the arm's
     progress: bool = True        # show a progress bar
 ) -> dict: # figures and 'protocol'; 'accuracy', the share classified as the class asked for, with the digit extractor
-    "Sample from a checkpoint and score; features wait in the run folder until all are there, so that an interrupted call goes on."
+    "Sample from a checkpoint and score; features wait in the run folder until all are there, so that an interrupted call goes on. Raises `ValueError` if the decoder belongs to other latents than the run."
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model, path, record = load_run(run, step, device)
-    if not exponential: path = arm_path(arm, path.project_velocity, False)
+    if not exponential: path = arm_path(arm, record['config'].get('project_velocity', True), False)
     decoder = decoder or decoder_name(preset, arm)
     tokenizer = load_tokenizer(decoder, spherical=path.spherical or decoder != decoder_name(preset, 'vanilla-linear'), device=device) # the spherical decoder projects whatever it gets
     if tokenizer.latent_identity != record['data']['tokenizer']['latent_identity']: raise ValueError(f'tokenizer {tokenizer.name} does not share the latents of {run}')
     y = labels[torch.arange(count)*len(labels)//count] if count < len(labels) else labels[torch.arange(count) % len(labels)]
-    options = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
+    options: dict[str, Any] = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
     folder = Path(run)/'features'/hashlib.sha256(repr((step, count, seed, exponential, decoder, options)).encode()).hexdigest()[:12]
     with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress, **options)
     processes().wait_for_everyone()
@@ -207,7 +209,7 @@ def run_arm(
     curve: bool = True,         # score every checkpoint as well
     progress: bool = True       # show progress bars
 ) -> dict: # 'fid', 'accuracy', 'guided', 'final_loss', 'loss_over_power', 'steps', 'seconds', 'curve', 'protocol'
-    "Train and score one arm; whatever is finished is reused."
+    "Train and score one arm; whatever is finished is reused. Raises `InterruptedError` if training is stopped by a signal."
     config = TrainConfig(arm=arm, seed=seed, **preset.train)
     data = LatentDataset(latents, spherical=arm_path(arm).spherical)
     trainer = Trainer(config, data, out)
@@ -283,8 +285,9 @@ def compare(
     reference = reference_features(preset, source, out, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}
     if not processes().is_main_process: return {}
-    some = tuple(torch.stack(x) if torch.is_tensor(x[0]) else torch.tensor(x) for x in zip(*source.stream(limit=2048)))
-    found = geometry(tokenizer, *some, seed)
+    pictures, classes = zip(*source.stream(limit=2048))
+    some = torch.stack(pictures), torch.tensor(classes)
+    found = geometry(tokenizer, *some, seed=seed)
     report = {'arms': rows, 'geometry': found['report'], 'environment': environment([seed]), 'preset': asdict(preset), 'reached': {arm: steps_to_reach(rows, arm) for arm in rows}}
     write_json(out/'report.json', report)
     with atomic_write(out/'table.csv') as f: comparison_table(rows).to_csv(f, index=False)
@@ -335,7 +338,7 @@ def plot_fid_curves(
     "FID over training steps, one line per arm; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
-    for arm, row in rows.items(): ax.semilogy([p['step'] for p in row['curve']], [p['fid'] for p in row['curve']], 'o-', label=arm)
+    for arm, row in rows.items(): ax.semilogy([p['step'] for p in row['curve']], [p['fid'] for p in row['curve']], marker='o', label=arm, **path_style(arm))
     ax.set(xlabel='training steps', ylabel='FID')
     ax.legend(fontsize=8)
     return ax
@@ -445,6 +448,60 @@ def solver_study(
     write_json(path, result)
     return result
 
+# %% ../nbs/11_experiments.ipynb #07e3a2b5
+@torch.no_grad()
+def evolution(
+    run: str | Path,       # a run folder
+    tokenizer: Tokenizer,  # decodes its latents
+    labels: Tensor,        # classes [n]
+    shown: int = 8,        # how many times, from 0 to 1
+    steps: int = 56,       # Euler steps, a multiple of `shown` - 1
+    seed: int = 0          # of the noise
+) -> dict: # 'times', 'images' [shown, n, 3, H, W], 'mean_over_sqrt_d' of the tokens
+    "Samples on their way from noise to image. Raises `ValueError` if the steps do not divide."
+    if steps % (shown - 1): raise ValueError(f'steps must be a multiple of {shown - 1}, got {steps}')
+    model, path, _ = load_run(run)
+    d, h, w = model.config.in_channels, model.config.input_size, model.config.input_size
+    noise = initial_noise(path, (d, h, w), range(len(labels)), seed)
+    passed = [(0., noise)]
+    sample(model, path, labels, steps=steps, noise=noise, on_step=lambda t, z: passed.append((t, z)))
+    passed = passed[::steps//(shown - 1)]
+    return {'times': [t for t, _ in passed], 'images': torch.stack([tokenizer.decode(z) for _, z in passed]), 'mean_over_sqrt_d': [norm_stats(z)['mean_over_sqrt_d'] for _, z in passed]}
+
+def plot_evolution(
+    found: dict # name -> from `evolution`
+):
+    "One panel per run: a column per time, a row per sample, mean token lengths below; returns the figure."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(found), figsize=(5.4*len(found), 3.6), squeeze=False, layout='constrained')
+    for ax, (name, f) in zip(axes[0], found.items()):
+        shown, n = f['images'].shape[:2]
+        show_images(f['images'].transpose(0, 1).flatten(0, 1), shown, name, ax)
+        side = f['images'].shape[-1] + 1
+        ax.axis('on')
+        ax.set(xticks=[side*(k + .5) for k in range(shown)], xticklabels=[f't={t:.2f}\n{r:.2f} √d' for t, r in zip(f['times'], f['mean_over_sqrt_d'])], yticks=[])
+        ax.tick_params(labelsize=7, length=0)
+    return fig
+
+def evolution_study(
+    path: str | Path,       # the PNG file to write; a JSON of the same name tells where it comes from
+    scale: float = 1.,      # fraction of the full number of steps
+    progress: bool = True   # show progress bars
+) -> dict: # what the JSON holds
+    "Chord and arc side by side, on runs of the `digits` preset, each decoded by its own decoder; same noise, same classes."
+    preset, found = _shortened(scale), {}
+    with tempfile.TemporaryDirectory() as tmp:
+        prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
+        for arm in ('vanilla-linear', 'spherical-slerp'):
+            spherical = ARMS[arm].spherical
+            Trainer(TrainConfig(arm=arm, **preset.train), LatentDataset(Path(tmp)/'latents', spherical=spherical), Path(tmp)/arm).fit(progress=progress)
+            found[arm] = evolution(Path(tmp)/arm, load_tokenizer(decoder_name(preset, arm), spherical=spherical), torch.tensor([0, 3, 4, 7, 8]))
+    figure = plot_evolution(found)
+    with atomic_write(path) as f: figure.savefig(f, format='png', dpi=110)
+    result = {arm: {k: v for k, v in f.items() if k != 'images'} for arm, f in found.items()} | {'environment': environment([0])}
+    write_json(Path(path).with_suffix('.json'), result)
+    return result
+
 # %% ../nbs/11_experiments.ipynb #0a598e0c
 @torch.no_grad()
 def analyze_tokens(
@@ -468,7 +525,8 @@ def analyze_tokens(
     measured = wants_statistics(tokenizer, statistics)
     share = lambda n: -(-n//world)
     unreadable = lambda: ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
-    moments, held, processed = None, [], None
+    moments, processed = None, None
+    held: list[Tensor] = []
     raw = TokenStatistics(tokenizer.raw_channels)
 
     def settle():
@@ -498,7 +556,7 @@ def analyze_tokens(
     bar.close()
     if processed is None: settle()
     if world > 1:
-        parts = [None]*world
+        parts: list[list] = [[]]*world
         torch.distributed.all_gather_object(parts, source.skipped)
         source.skipped = [name for part in parts for name in part]
     raw = merge_over_processes(raw)
@@ -560,13 +618,13 @@ def probe_study(
     import matplotlib.pyplot as plt
     out, where = Path(out), next(tokenizer.parameters()).device
     judges, missing = get_distances(distances)
-    z, y = [], []
+    encoded, classes = [], []
     bar = tqdm(source.batches(batch_size, source.shuffled(seed), count), desc=f'encoding with {tokenizer.name}', unit='batch', disable=not progress)
     for x, labels in bar:
-        z.append(tokenizer.encode(x.to(where)).cpu())
-        y.append(labels)
-    if not z: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
-    z, y = torch.cat(z), torch.cat(y)
+        encoded.append(tokenizer.encode(x.to(where)).cpu())
+        classes.append(labels)
+    if not encoded: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
+    z, y = torch.cat(encoded), torch.cat(classes)
     anchors, partner = find_partners(y, torch.Generator().manual_seed(seed), neighbours)
     swaps = probe_swaps(tokenizer, z, anchors, partner, judges, batch_size, progress)
     some = z[:sensitivity_count]
@@ -580,8 +638,8 @@ def probe_study(
     figures = {'swaps': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained'), 'sensitivity': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained')}
     for (name, (figure, axes)), draw in zip(figures.items(), (lambda k, ax: plot_swaps(swaps, k, ax), lambda k, ax: plot_sensitivity(turned, k, ax))):
         for k, ax in zip(judges, axes[0]): draw(k, ax)
-    figures = {name: figure for name, (figure, _) in figures.items()} | {'response': plot_response(layers).figure, 'strip': swap_strip(tokenizer, z, anchors, partner, 12).figure}
-    for name, figure in figures.items():
+    drawn: dict[str, Any] = {name: figure for name, (figure, _) in figures.items()} | {'response': plot_response(layers).figure, 'strip': swap_strip(tokenizer, z, anchors, partner, 12).figure}
+    for name, figure in drawn.items():
         with atomic_write(out/f'{name}.png') as f: figure.savefig(f, format='png', dpi=130)
         plt.close(figure)
     return result
@@ -597,12 +655,12 @@ def finetune_study(
     extractor: str = 'auto',                # features for rFID: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
     progress: bool = True                   # show progress bars
 ) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
-    "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises as `finetune_decoder` does."
+    "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises `ValueError` for unknown arms, and what `finetune_decoder` raises."
     unknown = set(arms) - {'spherical', 'control'}
     if unknown or not arms: raise ValueError(f'arms must be among spherical and control, got {", ".join(arms) or "none"}')
     out, config = Path(out), config or FinetuneConfig()
     seen = held_out is None
-    if seen: held_out = images[:64] if torch.is_tensor(images) else torch.stack([x for x, _ in images.stream(limit=64)])
+    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else torch.stack([x for x, _ in images.stream(limit=64)])
     variant = lambda spherical: Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
     pipelines = {'original': variant(False), 'original, projected': variant(True)}
     for arm in arms:
@@ -617,7 +675,7 @@ def finetune_study(
     except ConnectionError as e: missing['efficientnet-perceptual'] = str(e)
     known = None if features is None else torch.cat([features(x) for x in held_out.split(64)])
     measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known)
-    result = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
+    result: dict[str, Any] = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
     if len(arms) == 2:
         spherical, control = pipelines['finetuned spherical'], pipelines['finetuned control']
         result['decoder_swap'] = {'spherical tokens, control decoder': measure(spherical, control), 'vanilla tokens, spherical decoder': measure(control, spherical)}

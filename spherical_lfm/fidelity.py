@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,11 +82,14 @@ class EfficientNetExtractor(_Extractor):
     side = 224
     def __init__(self, name: str, features_list: list, **kwargs):
         super().__init__(name, features_list)
-        self.net = efficientnet_lite0()
+        self.net: Any = efficientnet_lite0()
         self.head = self.net.classifier
         self.net.blocks[4].register_forward_hook(lambda module, given, out: setattr(self, '_middle', out[:, :10].permute(0, 2, 3, 1).flatten(1)))
 
-    def embed(self, x: Tensor) -> tuple:
+    def embed(self,
+        x: Tensor # images [B, 3, H, W] in [-1, 1]
+    ) -> tuple: # features [B, 1280], spatial features
+        "Last and middle features, at 224 px."
         x = F.interpolate(x, size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1) # its mean and deviation are 0.5: [-1, 1] is what it wants
         return self.net.forward_head(self.net.forward_features(x), pre_logits=True), self._middle
 
@@ -98,9 +101,14 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
         self.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: setattr(self, '_middle', out[:, :7].permute(0, 2, 3, 1).flatten(1).float()))
 
     @staticmethod
-    def get_provided_features_list(): return *FeatureExtractorInceptionV3.get_provided_features_list(), 'spatial'
+    def get_provided_features_list() -> tuple: # names
+        "The layers that can be asked for."
+        return *FeatureExtractorInceptionV3.get_provided_features_list(), 'spatial'
 
-    def forward(self, images: Tensor) -> tuple:
+    def forward(self,
+        images: Tensor # 8-bit images [B, 3, H, W]
+    ) -> tuple: # the layers that were asked for
+        "Features of images."
         found = dict(zip(self.features_list, super().forward(images)))
         return tuple(found[k] if k != 'spatial' else self._middle for k in self._wanted)
 
@@ -163,7 +171,7 @@ def extract_features(
     extractor: str = 'inception',      # a key of `EXTRACTORS`
     batch_size: int = 64,              # images at a time, if they come as one tensor
     parts: tuple = ('features',)       # as for `feature_function`
-) -> Tensor | dict: # [N, f], or a dict of such if there are several parts; on the CPU
+) -> Any: # tensor [N, f], or a dict of such if there are several parts; on the CPU
     "Features of images after rounding to 8 bits."
     extract = feature_function(extractor, parts)
     found = [extract(x) for x in (images.split(batch_size) if torch.is_tensor(images) else images)]
@@ -175,7 +183,7 @@ def save_reference(
     path: str | Path   # an .npz file
 ):
     "Write mean and covariance in ADM's format."
-    stored = {'count': len(features['features'])}
+    stored: dict[str, Any] = {'count': len(features['features'])}
     for part, suffix in (('features', ''), ('spatial', '_s')):
         if part in features: stored |= {f'{k}{suffix}': v for k, v in fid_features_to_statistics(features[part].double()).items()}
     with atomic_write(path) as tmp:
@@ -228,7 +236,8 @@ def score_features(
         if 'features' not in x: continue
         if len(x['features']) < 10: raise ValueError(f'{len(x["features"])} {what} are too few to compare distributions')
         if not x['features'].isfinite().all(): raise ValueError(f'features of the {what} contain NaN or Inf: the images do, or the extractor overflowed')
-    stored, figures = 'mu' in reference, {}
+    stored = 'mu' in reference
+    figures: dict[str, Any] = {}
     moments = lambda part, suffix: {'mu': reference[f'mu{suffix}'], 'sigma': reference[f'sigma{suffix}']} if stored else _gaussian(reference[part])
     if 'fid' in metrics:
         there = moments('features', '')

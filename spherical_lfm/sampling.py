@@ -41,11 +41,13 @@ def guided_velocity(
     null_class: int | None = None, # index of the null class; needed if w is not 1
     negative: int | None = None    # class to lead away from; None means the null class
 ) -> Tensor: # tangential velocity, float32
-    "v_u + w (v_c - v_u), projected to the path's tangent space."
-    own = torch.is_tensor(t) and t.ndim
-    times = t.to(z.dtype) if own else torch.full((len(z),), float(t), device=z.device)
+    "v_u + w (v_c - v_u), projected to the path's tangent space. Raises `ValueError` for guidance without a null class."
+    own = isinstance(t, Tensor) and t.ndim > 0
+    times = t.to(z.dtype) if isinstance(t, Tensor) and own else torch.full((len(z),), float(t), device=z.device)
     if guidance == 1. or not own and not interval[0] <= t <= interval[1]: return path.tangent(z, model(z, times, y).float())
-    away = torch.full_like(y, null_class if negative is None else negative)
+    from_class = null_class if negative is None else negative
+    if from_class is None: raise ValueError('guidance needs a class to lead away from: give null_class')
+    away = torch.full_like(y, from_class)
     with_class, without = model(torch.cat([z, z]), torch.cat([times, times]), torch.cat([y, away])).float().chunk(2)
     w = torch.where((times >= interval[0]) & (times <= interval[1]), guidance, 1.).view(-1, 1, 1, 1) if own else guidance
     return path.tangent(z, without + w*(with_class - without))
@@ -207,13 +209,16 @@ def sample(
     shift: float = 1.,            # `shift_time` of the steps; more than 1 takes smaller ones near the noise
     tolerance: float = 1e-2,      # of 'adaptive'
     precision: str = 'float32',   # 'float32' or 'bf16' for the model; positions stay float32
+    on_step: Callable | None = None, # called with (t, positions of the batch) after every step; not for 'adaptive'
     progress: bool = False        # show a progress bar
 ) -> Tensor: # latents in flow coordinates [N, d, h, w], float32, on the model's device
     "Integrate from noise (t=0) to data (t=1). Raises `ValueError` for unknown methods, steps < 1, or labels out of range."
     if method not in (*METHODS, 'adaptive'): raise ValueError(f'unknown method {method!r}: choose one of {", ".join(METHODS)}, adaptive')
     if steps < 1: raise ValueError(f'steps must be at least 1, got {steps}')
     config = getattr(model, 'config', None)
-    shape = shape or (config.in_channels, config.input_size, config.input_size)
+    if shape is None:
+        if config is None: raise ValueError('a model without config needs the shape of its latents: give shape=(d, h, w)')
+        shape = config.in_channels, config.input_size, config.input_size
     classes = classes if classes is not None else getattr(config, 'num_classes', None)
     labels = torch.as_tensor(labels)
     for what, y in (('class index', labels), ('negative class', torch.tensor([] if negative is None else [negative]))):
@@ -233,9 +238,10 @@ def sample(
         field = lambda z, t: guided_velocity(model, path, z, t, y, guidance, interval, classes, negative)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
             if method == 'adaptive': z = adaptive(field, path, z, tolerance)[0]
-            past = []
+            past: list = []
             for t, ahead in zip(times, times[1:]) if method != 'adaptive' else ():
                 z = METHODS[method].step(field, path, z, t, ahead - t, past)
+                if on_step is not None: on_step(ahead, z)
                 bar.update()
             if method == 'adaptive': bar.update()
         done.append(z)
@@ -253,7 +259,7 @@ def load_run(
     found = {int(c.name.removeprefix('step-')): c for c in checkpoints(run)}
     if not found: raise FileNotFoundError(f'no checkpoint in {run}: wanted {Path(run)/"checkpoints"/"step-..."}; train first with slfm_train')
     if step is not None and step not in found: raise FileNotFoundError(f'{run} has no checkpoint of step {step}, only {", ".join(map(str, found))}')
-    folder = newest_checkpoint(run) if step is None else found[step]
+    folder = found[step] if step is not None else newest_checkpoint(run) or max(found.items())[1]
     try:
         record = json.loads((folder/'state.json').read_text())
         model = SiT.from_pretrained(folder/'ema')
@@ -298,9 +304,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int,                 # solver steps
         device: str | torch.device | None = None  # where to put the times
     ):
-        "Times 0, ..., shifted; forgets the past of a multi-step method."
+        "Times 0, ..., shifted; forgets the past of a multi-step method. Raises `ValueError` for fewer than one step."
         if num_inference_steps < 1: raise ValueError(f'num_inference_steps must be at least 1, got {num_inference_steps}')
-        self.num_inference_steps, self._past, self._k = num_inference_steps, [], 0
+        self.num_inference_steps, self._k = num_inference_steps, 0
+        self._past: list = []
         self._times = shift_time(torch.arange(num_inference_steps + 1, dtype=torch.float64)/num_inference_steps, self.config.shift)
         self.timesteps = self._times[:-1].to(device, torch.float32)
 
@@ -324,7 +331,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         timestep: float | Tensor,  # one of `timesteps`
         sample: Tensor,            # positions
         return_dict: bool = True   # False returns a tuple
-    ) -> FlowSchedulerOutput:
+    ) -> FlowSchedulerOutput | tuple:
         "From this timestep to the next. Multi-step methods begin with an Euler step, since a scheduler cannot ask for a second velocity."
         k = int((self._times - float(timestep)).abs().argmin())
         t, ahead = self._times[k:k + 2].tolist()

@@ -46,7 +46,7 @@ class TimeEmbedder(nn.Module):
         half = self.waves//2
         omega = torch.exp(-math.log(10000)*torch.arange(half, dtype=torch.float32, device=t.device)/half)
         phase = t.float()[:, None]*omega
-        return self.mlp(torch.cat([phase.cos(), phase.sin()], 1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([phase.cos(), phase.sin()], 1).to(next(self.mlp.parameters()).dtype))
 
 # %% ../nbs/07_sit.ipynb #8bdda3bf
 class LabelEmbedder(nn.Module):
@@ -223,7 +223,8 @@ def _read_state(source: str | Path | dict) -> dict:
         if not Path(source).exists(): raise FileNotFoundError(f'no checkpoint at {source}')
         with torch.serialization.safe_globals([argparse.Namespace]): # training checkpoints keep their arguments, which are plain data
             source = load_file(source) if str(source).endswith('.safetensors') else torch.load(source, map_location='cpu', weights_only=True)
+    state: dict = source
     for key in ('ema', 'model'):
-        if isinstance(source.get(key), dict): source = source[key]
-    names = {k.removeprefix('module.'): v for k, v in source.items()}
+        if isinstance(state.get(key), dict): state = state[key]
+    names = {k.removeprefix('module.'): v for k, v in state.items()}
     return {k: v for k, v in names.items() if not k.startswith('projectors.')} # REPA's heads serve its training loss alone

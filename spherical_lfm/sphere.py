@@ -142,15 +142,16 @@ def _sinc(x: Tensor):
     "sin(x)/x, smooth at 0."
     return torch.sinc(x/math.pi)
 
-def _weights(frame: tuple, along_m: Tensor, along_h: Tensor):
+def _weights(frame: tuple, along_m: Tensor, along_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Factors of m, h and the axis in along_m m̂ + along_h ĥ|h|, with m̂ the unit diagonal or, for antipodal tokens, the axis rule."
     _, _, lean, p, opposite, _, hk, eta = frame
     on_m = torch.where(opposite, 0, along_m/p)
     on_axis = torch.where(opposite, along_m/torch.where(opposite, 1 - hk*hk, 1).sqrt(), 0)
     return on_m, along_h - on_m*lean - on_axis*hk/eta, on_axis
 
-def _blend(frame: tuple, on_m: Tensor, on_h: Tensor, on_axis: Tensor, on: Tensor):
-    "on_m m + on_h h + on_axis e_k, where `on` marks the axis e_k."
+def _blend(frame: tuple, *weights: Tensor):
+    "on_m m + on_h h + on_axis e_k; the last weight marks the axis e_k."
+    on_m, on_h, on_axis, on = weights
     return on_m*frame[0] + on_h*frame[1] + on_axis*on
 
 # %% ../nbs/00_sphere.ipynb #f6f06fc0
@@ -226,7 +227,7 @@ def transport(
     v: Tensor,   # tangent vectors at `z`
     dim: int = 1 # the token axis
 ) -> Tensor: # tangent vectors at `w`, of the same lengths
-    "Parallel transport of `v` along the arc from `z` to `w`: v - 2<v,m̂>m̂ with m̂ the middle of the arc."
+    "Parallel transport of `v` along the arc from `z` to `w`: v - 2<v,m̂>m̂ with m̂ the middle of the arc. Raises `ValueError` if shapes differ."
     if not z.shape == w.shape == v.shape: raise ValueError(f'shapes must agree, got {tuple(z.shape)}, {tuple(w.shape)}, {tuple(v.shape)}')
     _channels(z, dim)
     z, w, v, out = _lift(z, w, v)
@@ -245,7 +246,7 @@ def pullback(
     v: Tensor,   # tangent vectors at exp_z(u)
     dim: int = 1 # the token axis
 ) -> Tensor: # tangent vectors at `z`
-    "The change of `u` that moves exp_z(u) with velocity `v`. The factor θ/sin θ is held at 10, which it reaches at θ = 2.86, so that values stay finite up to the antipode, where the map ends."
+    "The change of `u` that moves exp_z(u) with velocity `v`. The factor θ/sin θ is held at 10, which it reaches at θ = 2.86, so that values stay finite up to the antipode, where the map ends. Raises `ValueError` if shapes differ."
     if not z.shape == u.shape == v.shape: raise ValueError(f'shapes must agree, got {tuple(z.shape)}, {tuple(u.shape)}, {tuple(v.shape)}')
     z, u, v, out = _lift(z, u, v)
     radius, length = token_norm(z, dim, keepdim=True), token_norm(u, dim, keepdim=True)

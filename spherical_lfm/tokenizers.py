@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import psutil
@@ -74,6 +75,9 @@ def write_json(
 # %% ../nbs/02_tokenizers.ipynb #b614d90a
 class LatentTransform(nn.Module):
     "Invertible map from an autoencoder's latents to flow coordinates: ((pack(z) - shift) * scale - mean) / std, unpacked again if asked."
+    mean: Tensor
+    std: Tensor
+
     def __init__(self,
         scale: float = 1.,                # factor a, not 0
         shift: float = 0.,                # offset b
@@ -85,9 +89,9 @@ class LatentTransform(nn.Module):
         super().__init__()
         if not scale: raise ValueError('scale must not be 0: the transform could not be inverted')
         if (mean is None) != (std is None): raise ValueError('give both mean and std, or neither')
-        if std is not None and not (len(mean) == len(std) and min(std) > 0):
+        if mean is not None and std is not None and not (len(mean) == len(std) and min(std) > 0):
             raise ValueError('mean and std need the same length, and every std must be positive')
-        self.config = dict(scale=float(scale), shift=float(shift), pack=int(pack), mean=mean and [float(m) for m in mean],
+        self.config: dict[str, Any] = dict(scale=float(scale), shift=float(shift), pack=int(pack), mean=mean and [float(m) for m in mean],
                            std=std and [float(s) for s in std], unpack=bool(unpack))
         shape = lambda v, default: torch.tensor(default if v is None else v, dtype=torch.float32).view(1, -1, 1, 1)
         self.register_buffer('mean', shape(mean, [0.]), persistent=False)
@@ -107,7 +111,7 @@ class LatentTransform(nn.Module):
     def forward(self,
         z: Tensor # the autoencoder's latents [B, c, H, W]
     ) -> Tensor: # flow coordinates [B, d, h, w], float32
-        "Into flow coordinates."
+        "Into flow coordinates. Raises `ValueError` for sides that cannot be packed."
         c = self.config
         if c['pack'] > 1 and (z.shape[-1] % c['pack'] or z.shape[-2] % c['pack']):
             raise ValueError(f"latents of shape {tuple(z.shape)} cannot be packed by {c['pack']}: choose an image size divisible by more")
@@ -139,11 +143,11 @@ def _public(config: dict) -> dict:
 
 def _missing(): raise NotImplementedError
 
-def _twin(model: nn.Module) -> nn.Module:
+def _twin(model: Any) -> Any:
     "The same architecture without storage: shapes can be asked of it for free."
     with torch.device('meta'): return type(model).from_config(model.config).eval()
 
-def _layout(model: nn.Module) -> tuple[int, int, int | None]:
+def _layout(model: Any) -> tuple[int, int, int | None]:
     "Latent channels, pixels per position, and the only image side that the model takes (None: any). Raises `ValueError` if it is no image autoencoder."
     c = model.config
     if type(model).__name__ == 'AutoencoderRAE': return c.encoder_hidden_size, c.patch_size, c.encoder_input_size//c.encoder_patch_size*c.patch_size
@@ -175,6 +179,9 @@ def _activation_bytes(model: nn.Module, height: int, width: int) -> int:
 # %% ../nbs/02_tokenizers.ipynb #3f40b82e
 class Tokenizer(nn.Module):
     "An autoencoder, its `LatentTransform` and optionally the spherical projection, behind `encode` and `decode`."
+    autoencoder: Any  #: a diffusers autoencoder
+    transform: LatentTransform
+
     def __init__(self,
         autoencoder: nn.Module,                   # a diffusers autoencoder
         transform: LatentTransform | None = None, # None means the identity
@@ -183,7 +190,9 @@ class Tokenizer(nn.Module):
     ):
         super().__init__()
         self.autoencoder, self.transform = autoencoder.eval(), transform or LatentTransform()
-        self.spherical, self.name, self._bytes, self._latent_identity = spherical, name, {}, None
+        self.spherical, self.name = spherical, name
+        self._bytes: dict[tuple, int] = {}
+        self._latent_identity: str | None = None
         self.raw_channels, stride, self._side = _layout(autoencoder)
         self.d, self.downsample = self.transform.channels(self.raw_channels), stride*self.transform.stride
         stat, packed = self.transform.mean.shape[1], self.raw_channels*self.transform.config['pack']**2
@@ -485,8 +494,8 @@ def convert_ldm_autoencoder(
                 name = [f'{way}_blocks', level, *tail]
             case ['norm_out', leaf]: name = ['conv_norm_out', leaf]
             case _: name = rest
-        name = '.'.join([side, *name]).replace('nin_shortcut', 'conv_shortcut')
-        out[name] = v[:, :, 0, 0] if '.attentions.' in name and v.ndim == 4 else v
+        target = '.'.join([side, *name]).replace('nin_shortcut', 'conv_shortcut')
+        out[target] = v[:, :, 0, 0] if '.attentions.' in target and v.ndim == 4 else v
     return out
 
 # %% ../nbs/02_tokenizers.ipynb #f13f6a3f
@@ -496,7 +505,7 @@ def _data_folder() -> Path:
     if inside is not None and inside.exists(): return inside
     return Path(__file__).parent.parent/'data' if '__file__' in globals() else Path('../data').resolve()
 
-def _own_transform(model: nn.Module, packed: bool) -> LatentTransform:
+def _own_transform(model: Any, packed: bool) -> LatentTransform:
     "The transform that an autoencoder's config and buffers prescribe."
     c = model.config
     if hasattr(model, 'bn'): # FLUX.2: statistics of 2 x 2 packed latents

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -197,7 +198,7 @@ class Trainer(ResumableRun):
         z1, y = self.loader(step)
         t, drop = (send_to(x[self.mine], self.device) for x in (shift_time(t, c.time_shift), drop))
         if c.coupling == 'transport': z0 = z0[transport_coupling(z0, z1)]
-        return z0, z1, t, torch.where(drop, self.info['classes'], y)
+        return z0, z1, t, torch.where(drop, int(self.info['classes']), y)
 
     @contextmanager
     def _communicate(self, now: bool):
@@ -251,9 +252,11 @@ class Trainer(ResumableRun):
     def _states(self) -> tuple[dict, dict]:
         "Weights and averaged weights by name, whole, on the CPU of the main process."
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        now = get_model_state_dict(self.net, options=options)
-        now = {k: v.clone() for k, v in now.items()} # on a CPU they would be the parameters themselves
-        with swapped_weights(self.weights, self.ema): return now, {k: v.clone() for k, v in get_model_state_dict(self.net, options=options).items()}
+        def copy() -> dict:
+            held: dict[str, Any] = get_model_state_dict(self.net, options=options)
+            return {k: v.clone() for k, v in held.items()} # on a CPU they would be the parameters themselves
+        now = copy()
+        with swapped_weights(self.weights, self.ema): return now, copy()
 
     def save(self) -> Path: # the checkpoint folder
         "Write a checkpoint, whole or not at all; raises `OSError` if it cannot be written, with older ones untouched."
@@ -279,7 +282,8 @@ class Trainer(ResumableRun):
         with self._whole(folder):
             options = StateDictOptions(full_state_dict=True)
             for name in ('ema', 'model'):
-                set_model_state_dict(self.net, load_file(folder/name/'diffusion_pytorch_model.safetensors'), options=options)
+                weights: dict[str, Any] = load_file(folder/name/'diffusion_pytorch_model.safetensors')
+                set_model_state_dict(self.net, weights, options=options)
                 if name == 'ema':
                     for e, w in zip(self.ema, self.weights): e.copy_(w)
             state = load_file(folder/'optimizer.safetensors')
