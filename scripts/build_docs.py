@@ -170,16 +170,26 @@ class Reference:
         for page in [self.chapter, *(p for p in self.pages if p is not self.chapter)]:
             for code, language, section in page.examples(name)[:1]:
                 return f'**Example** from [{page.title}](../{page_of(page.stem)}.ipynb{f"#{section}" if section else ""})\n\n```{language}\n{code.rstrip()}\n```\n\n'
-        for file in [*sorted((ROOT/'spherical_lfm').glob('[a-z]*.py')), *sorted((ROOT/'tests').glob('*.py'))]:
-            uses = [f for f in ast.walk(ast.parse(file.read_text())) if isinstance(f, ast.stmt) and not isinstance(f, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.If, ast.With, ast.For, ast.Try))
-                    and any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(f))]
-            if uses:
-                use = min(uses, key=lambda f: (f.end_lineno - f.lineno, f.lineno))
-                code = textwrap.dedent('\n'.join(file.read_text().splitlines()[use.lineno - 1:use.end_lineno]))
+        for file in [*sorted((ROOT/'spherical_lfm').glob('[a-z]*.py')), *sorted((ROOT/'scripts').glob('*.py')), *sorted((ROOT/'tests').glob('*.py'))]:
+            if use := self.use(name, file.read_text()):
+                code, line = use
                 where = file.relative_to(ROOT).as_posix()
-                return f'**In use** in [{where}]({REPOSITORY}/blob/main/{where}#L{use.lineno})\n\n```python\n{code}\n```\n\n'
+                return f'**In use** in [{where}]({REPOSITORY}/blob/main/{where}#L{line})\n\n```python\n{code}\n```\n\n'
         self.without_example.append(name)
         return ''
+
+    def use(self, name: str, text: str) -> tuple | None: # (code, line)
+        "The shortest statement of a file that uses the name; of a block, its first line."
+        def mentions(node): return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(node))
+        found, lines = [], text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.With, ast.For, ast.If)):
+                heads = [i.context_expr for i in node.items] if isinstance(node, ast.With) else [node.iter] if isinstance(node, ast.For) else [node.test]
+                if any(map(mentions, heads)): found.append((node.lineno, node.lineno))
+            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)) and mentions(node): found.append((node.lineno, node.end_lineno))
+        if not found: return None
+        first, last = min(found, key=lambda f: (f[1] - f[0], f[0]))
+        return textwrap.dedent('\n'.join(lines[first - 1:last])), first
 
     def source(self, obj) -> str:
         "Link to the lines on the repository."
@@ -230,7 +240,8 @@ def build(strict: bool = True) -> int:
     (PAGES/'api').mkdir(parents=True)
     known, sections = exported(), sidebar()
     pages = [Page(stem, known) for _, stems in sections for stem in stems]
-    trees = ''.join(toctree(section, [page_of(s) for s in stems]) for section, stems in sections[1:])
+    numbered = {p.stem: f'{p.stem[:2]} {p.title} <{page_of(p.stem)}>' if p.stem[:2].isdigit() else page_of(p.stem) for p in pages}
+    trees = toctree(None, ['Start <self>']) + ''.join(toctree(section, [numbered[s] for s in stems]) for section, stems in sections[1:])
     trees += toctree('Reference', [f'api/{m}' for m in MODULES])
     for page in pages: page.write(trees if page.stem == 'index' else '')
     references = [Reference(m, pages, known) for m in MODULES]

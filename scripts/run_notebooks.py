@@ -25,7 +25,7 @@ def run(path: Path):
     notebook = nbformat.read(path, 4)
     Client(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell in notebook.cells:
-        cell.metadata = {}
+        cell.metadata = {'jupyter': {'source_hidden': True}} if '#| code-fold: true' in cell.source else {} # solutions
         if cell.cell_type != 'code': continue
         cell.execution_count = None
         cell.outputs = [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {}))]

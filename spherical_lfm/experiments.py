@@ -448,7 +448,7 @@ def solver_study(
     write_json(path, result)
     return result
 
-# %% ../nbs/11_experiments.ipynb #07e3a2b5
+# %% ../nbs/11_experiments.ipynb #07ec40f4
 @torch.no_grad()
 def evolution(
     run: str | Path,       # a run folder

@@ -285,7 +285,7 @@ def _encode(tokenizer: Tokenizer, rows: Iterator, flip: bool, batch_size: int, d
 
 def _finish(part: Path, out: Path, plan: dict, source: ImageSource):
     "Write the index of a complete set and give the folder its name."
-    notes = [_note(f) for f in sorted(part.glob('latents-*.json'))]
+    notes = [n for f in sorted(part.glob('latents-*.json')) if (n := _note(f))]
     shards, source.skipped = [n for n in notes if n['count']], [s for n in notes for s in n['skipped']]
     if not shards:
         shutil.rmtree(part)
@@ -445,7 +445,8 @@ class LatentLoader:
     ):
         self.data, self.seed, self.flip, self.share, self.device = data, seed, flip, share, torch.device(device)
         self.order = WindowOrder(len(data), batch_size, seed, window)
-        self._ahead, self._window = ReadAhead(self._read, depth), None
+        self._ahead = ReadAhead(self._read, depth)
+        self._window: int | None = None
 
     @property
     def waited(self) -> float: # seconds
@@ -454,8 +455,8 @@ class LatentLoader:
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         flips = torch.rand(self.order.batch_size, generator=seeded_generator('cpu', self.seed, 5, step)) < self.flip
-        batch = self.data.batch(self.order.indices(step)[self.share], flips[self.share])
-        return tuple(x.pin_memory() for x in batch) if self.device.type == 'cuda' and batch[0].device.type == 'cpu' else batch
+        z, y = self.data.batch(self.order.indices(step)[self.share], flips[self.share])
+        return (z.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' and z.device.type == 'cpu' else (z, y)
 
     def __call__(self,
         step: int # step number, from 0
@@ -466,5 +467,5 @@ class LatentLoader:
             if window != self._window:
                 self._window = window
                 threading.Thread(target=self.data.read_ahead, args=(following,), daemon=True).start()
-        batch = self._read(step) if self.data.y.device.type == 'cuda' else self._ahead(step)
-        return tuple(x.to(self.device, non_blocking=True) for x in batch)
+        z, y = self._read(step) if self.data.y.device.type == 'cuda' else self._ahead(step)
+        return z.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)

@@ -12,19 +12,58 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 
 
+CHAPTERS = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.stem)]
+PLACE = 'spherical-lfm/spherical_lfm'
+PEAK = 'import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r.returncode)'
+
+
+def cells_of(path: Path) -> list: return json.loads(path.read_text())['cells']
+
+
+def source(cell: dict) -> str: return ''.join(cell['source'])
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_nbdev_test(path):
-    result = subprocess.run([str(Path(sys.executable).parent/'nbdev_test'), '--path', str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {'MPLBACKEND': 'agg'})
+    result = subprocess.run([sys.executable, '-c', PEAK, str(Path(sys.executable).parent/'nbdev_test'), '--path', str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {'MPLBACKEND': 'agg'})
     assert result.returncode == 0 and 'Success' in result.stdout, result.stderr[-3000:]
+    peak = int(re.search(r'peak (\d+)', result.stdout)[1])/1024**(1 + (sys.platform == 'darwin'))
+    assert peak < 3*1024, f'{path.stem} took {peak:.0f} MiB'
+
+
+@pytest.mark.parametrize('name', ['index', '05_paths', 'map'])
+def test_jupyter_execute(name):
+    result = subprocess.run([str(Path(sys.executable).parent/'jupyter'), 'execute', f'{name}.ipynb'], cwd=ROOT/'nbs', capture_output=True, text=True, timeout=600, env=os.environ | {'MPLBACKEND': 'agg'})
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_reader_finds_question_links_and_exercises(path):
+    cells = cells_of(path)
+    first, setup = source(cells[0]), source(cells[1])
+    assert f'colab.research.google.com/github/{PLACE}/blob/main/nbs/{path.name}' in first and f'mybinder.org/v2/gh/{PLACE}/main?urlpath=lab/tree/nbs/{path.name}' in first
+    assert setup == source(cells_of(NOTEBOOKS[0])[1]) and 'google.colab' in setup and PLACE in setup
+    if path.stem == 'index': return
+    assert '**The question.**' in first and 'Next: [' in source(cells[-1]) or path.stem == 'map'
+    solutions = [c for c in cells if c['cell_type'] == 'code' and '#| code-fold: true' in source(c)]
+    assert any('## Exercises' in source(c) for c in cells) and solutions
+    for c in solutions: assert c['metadata'] == {'jupyter': {'source_hidden': True}}, 'solutions are hidden in Jupyter too'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_figure_says_what_it_shows(path):
+    for c in cells_of(path):
+        if c['cell_type'] == 'code' and any('image/png' in o.get('data', {}) for o in c['outputs']): assert re.search(r'^#\| fig-alt: ".{30,}"$', source(c), re.M), f'no alt text: {source(c)[:80]}'
+        if c['cell_type'] == 'markdown': assert not re.search(r'!\[.{0,20}\]\(', source(c)), source(c)[:80]
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_as_a_chapter(path):
-    cells = json.loads(path.read_text())['cells']
+    cells = cells_of(path)
     code = [c for c in cells if c['cell_type'] == 'code']
     first = ''.join(cells[0]['source'])
     assert first.startswith('# ') and '\n> ' in first, 'a chapter opens with a heading and one line that says what it is about'
-    if path.stem != 'index': assert any('#| default_exp' in ''.join(c['source']) for c in code)
+    if path in CHAPTERS: assert any('#| default_exp' in ''.join(c['source']) for c in code)
     assert any(o for c in code for o in c['outputs']), 'outputs are stored'
     for c in code:
         assert c['execution_count'] is None

@@ -1,14 +1,19 @@
-"""Draw nbs/images/sphere.svg: chord and arc on an ordinary sphere, animated, from the package's own paths."""
+"""Draw the pictures of the first page into nbs/images, from the package's own paths.
+
+sphere.svg: chord and arc on an ordinary sphere, animated. arc.png: token lengths and radial shares along the four arms, on digits.
+"""
 from math import cos, pi, sin
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
-from spherical_lfm.paths import LinearPath, SlerpPath
+from spherical_lfm.concentration import path_norms, plot_path_norms, plot_radial_share
+from spherical_lfm.paths import ARMS, LinearPath, SlerpPath
 from spherical_lfm.sphere import project, token_norm
-from spherical_lfm.tokenizers import atomic_write
+from spherical_lfm.tokenizers import atomic_write, digits_images, load_tokenizer
 
-PICTURE = Path(__file__).resolve().parent.parent/'nbs'/'images'/'sphere.svg'
+IMAGES = Path(__file__).resolve().parent.parent/'nbs'/'images'
 COLOUR, DASH = {'chord': '#0072B2', 'arc': '#D55E00'}, {'chord': '7 4', 'arc': 'none'}
 VIEW = torch.tensor([[.97, 0., .24], [-.05, .98, .2]])  # an orthographic view
 
@@ -47,8 +52,8 @@ def travel(name: str, path, ends: tuple, times: torch.Tensor) -> list:
     return [polyline(line, f'{style} stroke-dasharray="{DASH[name]}"') for line in (at, graph)] + [f'<line {style} marker-end="url(#{name})">{arrow}</line>', *dots]
 
 
-def picture() -> str:
-    "The whole picture."
+def sphere() -> str:
+    "The animated picture, as SVG."
     ends = tuple(project(torch.tensor(x), 1., dim=0).view(1, 3, 1, 1) for x in ([-.9, .3, .3], [.75, .45, .5]))
     times, body = torch.linspace(0, 1, 61), wires()
     for name, path in (('chord', LinearPath()), ('arc', SlerpPath())): body += travel(name, path, ends, times)
@@ -62,5 +67,17 @@ def picture() -> str:
             f'<defs>{markers}</defs><rect width="650" height="300" fill="#fff"/>' + '\n'.join(body) + '</svg>\n')
 
 
+def curves():
+    "Lengths and radial shares along the four arms, from noise to digits, as a figure."
+    z1 = load_tokenizer('digits').encode(digits_images()[0])
+    noise, times = torch.randn(z1.shape, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 33)
+    found = {n: path_norms(p.interpolate, project(noise) if p.spherical else noise, project(z1) if p.spherical else z1, times) for n, p in ARMS.items()}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3), layout='constrained')
+    plot_path_norms({n: (times, c) for n, c in found.items()}, 16, left)
+    plot_radial_share({n: (times, c['radial_share']) for n, c in found.items()}, ax=right)
+    return fig
+
+
 if __name__ == '__main__':
-    with atomic_write(PICTURE) as f: f.write_text(picture())
+    with atomic_write(IMAGES/'sphere.svg') as f: f.write_text(sphere())
+    with atomic_write(IMAGES/'arc.png') as f: curves().savefig(f, format='png', dpi=90)
