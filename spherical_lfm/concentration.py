@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
-from scipy.stats import chi
 from torch import Tensor
 
 from .sphere import angle, token_norm
@@ -31,7 +30,7 @@ def chi_variance(
     d: int # dimensions
 ) -> float: # Var|e|, tends to 1/2
     "Variance of the length of a standard normal vector: d - (E|e|)^2."
-    return float(chi.var(d)) if d < 100 else .5 - 1/(8*d) - 1/(16*d**2)
+    return d - chi_mean(d)**2 if d < 100 else .5 - 1/(8*d) - 1/(16*d**2)
 
 def shell_tail_bound(
     d: int,      # dimensions
@@ -115,6 +114,7 @@ def plot_norms(
     "Histograms of token length / sqrt(d) with the density of the Gaussian shell; returns the axes."
     import matplotlib.pyplot as plt
     import numpy as np
+    from scipy.stats import chi
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for name, z in latents.items():
         if torch.is_tensor(z):
@@ -355,6 +355,7 @@ def plot_geometry(
 ):
     "Lengths, path lengths and radial shares, one column per tokenizer; returns the figure."
     import matplotlib.pyplot as plt
+    from scipy.stats import chi
     fig, axes = plt.subplots(3, len(summaries), figsize=(5*len(summaries), 8.4), squeeze=False, layout='constrained')
     for (name, both), (top, middle, bottom) in zip(summaries.items(), axes.T):
         p, d = both['processed'], both['processed']['d']

@@ -28,9 +28,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from tqdm.auto import tqdm
 
 from .probes import efficientnet_distance, lpips_distance
@@ -161,6 +159,7 @@ def optimizer_tensors(
 ) -> dict: # 'parameter/entry' -> tensor; empty before the first step
     "The state of an optimiser as named tensors, whole, on the main process; empty on the others."
     if not optimizer.state: return {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
     state: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
     return {f'{name}/{k}': v.contiguous() for name, s in state.items() for k, v in s.items()}
 
@@ -171,6 +170,7 @@ def restore_optimizer(
 ):
     "Give an optimiser the state it had."
     if not tensors: return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
     state: dict = {}
     for key, v in tensors.items():
         name, _, k = key.rpartition('/')
@@ -544,6 +544,7 @@ def frechet_distance(
     features_b: Tensor  # [M, f]
 ) -> float: # squared Fréchet distance of the fitted Gaussians, >= 0 up to rounding
     "Fréchet distance between two sets of features, in float64, by torch-fidelity. Raises `ValueError` for wrong shapes, NaN, or fewer than 2 rows."
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
     a, b = (torch.as_tensor(f).detach().double().cpu() for f in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]: raise ValueError(f'features must be [N, f] and [M, f], got {tuple(a.shape)} and {tuple(b.shape)}')
     if min(len(a), len(b)) < 2: raise ValueError('a covariance needs at least 2 samples on each side')

@@ -57,6 +57,11 @@ def _axis(z: Tensor, dim: int):
     shape[dim] = z.shape[dim]
     return torch.arange(z.shape[dim], device=z.device).view(shape)
 
+def _size(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    "Largest channel of every token, and which tokens count as zero: below 1e-32 in float32 the gradient R/|z| of the projection would soon overflow."
+    scale = x.detach().abs().amax(dim, keepdim=True)
+    return scale, scale <= torch.finfo(x.dtype).tiny*2**20
+
 # %% ../nbs/00_sphere.ipynb #7ef25346
 def project(
     z: Tensor,                   # latents, tokens along `dim`
@@ -68,11 +73,11 @@ def project(
     radius = math.sqrt(d) if radius is None else radius
     if not radius > 0: raise ValueError(f'radius must be positive, got {radius}')
     x, out = _lift(z)
-    scale = x.detach().abs().amax(dim, keepdim=True)
-    x = x / torch.where(scale > 0, scale, 1)
+    scale, empty = _size(x, dim)
+    x = x / torch.where(empty, 1, scale)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     first = (_axis(x, dim) == 0).to(x.dtype)
-    return (radius * torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), first)).to(out)
+    return (radius * torch.where(empty, first, x / torch.where(empty, 1, norm))).to(out)
 
 # %% ../nbs/00_sphere.ipynb #8bb9872e
 def check_tokens(
@@ -88,7 +93,7 @@ def check_tokens(
     if not torch.isfinite(z).all():
         bad = (~torch.isfinite(z)).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f'{what} contain NaN or Inf in {len(bad)} of {len(z)} samples, first in sample {bad[0]}: remove or re-encode them')
-    if not zero_ok and (empty := (z == 0).all(1)).any():
+    if not zero_ok and (empty := _size(_lift(z)[0], 1)[1][:, 0]).any():
         b, i, j = empty.nonzero()[0].tolist()
         raise ValueError(f'{what} contain {int(empty.sum())} zero tokens, first in sample {b} at ({i}, {j}): a zero token has no direction on the sphere')
 

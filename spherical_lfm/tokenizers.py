@@ -34,7 +34,6 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -317,6 +316,7 @@ def digits_images(
     split: str = 'train' # 'train' (1,438 images), 'test' (359) or 'all'
 ) -> tuple[Tensor, Tensor]: # images [N, 3, 16, 16] in [-1, 1], labels [N] in 0..9
     "scikit-learn's handwritten digits at 16 px. Raises `ValueError` for an unknown split."
+    from sklearn.datasets import load_digits
     data = load_digits()
     x = torch.from_numpy(data.images).float()[:, None]/8 - 1
     x = F.interpolate(x, scale_factor=2, mode='bilinear').expand(-1, 3, -1, -1).contiguous()

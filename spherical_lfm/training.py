@@ -17,12 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,6 +95,7 @@ def transport_coupling(
     z1: Tensor  # data on the sphere, same shape
 ) -> Tensor: # indices [B]: z0[indices] belongs to z1
     "The pairing of smallest summed angle between tokens."
+    from scipy.optimize import linear_sum_assignment
     a, b = (sphere.project(x, 1.).flatten(2) for x in (z0, z1))
     cost = torch.stack([torch.einsum('bdn,dn->bn', a, x).clamp(-1, 1).arccos().sum(1) for x in b])
     return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=z0.device)
@@ -166,6 +162,8 @@ class Trainer(ResumableRun):
         c, self.net = self.config, self.net.to(self.device)
         self.sharded = c.parallel == 'fsdp' and self.world > 1
         if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in self.net.blocks: fully_shard(block, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
@@ -174,7 +172,7 @@ class Trainer(ResumableRun):
         self.loss_fn = torch.compile(flow_loss, dynamic=False) if c.compile else flow_loss
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, c.lr, c.betas, weight_decay=c.weight_decay, fused=True)
-        self.weights = [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.parameters]
+        self.weights = [p.detach().to_local() if self.sharded else p.detach() for p in self.parameters]
         self.ema, self._average = [p.clone() for p in self.weights], get_ema_multi_avg_fn(c.ema_decay)
 
     def order_of_data(self, classes: int, d: int, side: int):
@@ -228,7 +226,7 @@ class Trainer(ResumableRun):
         with torch.no_grad(): self._average(self.ema, self.weights, self.step)
         loss, quarter = torch.cat(losses), (draws[2]*4).long().clamp(0, 3)
         quarters = torch.zeros(2, 4, device=self.device).index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
-        return {'loss': loss.mean(), 'power': torch.cat(powers).mean(), 'grad_norm': norm.full_tensor() if isinstance(norm, DTensor) else norm, 'quarters': quarters}
+        return {'loss': loss.mean(), 'power': torch.cat(powers).mean(), 'grad_norm': norm.full_tensor() if self.sharded else norm, 'quarters': quarters}
 
     def figures(self,
         means: dict # name -> mean over the interval and all processes
@@ -251,6 +249,7 @@ class Trainer(ResumableRun):
 
     def _states(self) -> tuple[dict, dict]:
         "Weights and averaged weights by name, whole, on the CPU of the main process."
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         def copy() -> dict:
             held: dict[str, Any] = get_model_state_dict(self.net, options=options)
@@ -280,6 +279,7 @@ class Trainer(ResumableRun):
         folder = Path(folder)
         saved = self._state(folder)
         with self._whole(folder):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
             options = StateDictOptions(full_state_dict=True)
             for name in ('ema', 'model'):
                 weights: dict[str, Any] = load_file(folder/name/'diffusion_pytorch_model.safetensors')
