@@ -219,7 +219,7 @@ class Trainer(ResumableRun):
             losses.append(loss.detach())
             powers.append(power.detach())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm: Any = nn.utils.get_total_norm(gradients)
         if c.max_grad_norm: nn.utils.clip_grads_with_norm_(self.parameters, c.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -161,7 +161,7 @@ LOOK = '''() => {
     unnamed: [...document.images].filter(i => !i.alt.trim() || /^_?images|\\.(png|svg)$/.test(i.alt.trim())).map(i => i.src), unnamedDrawings: [...document.querySelectorAll('article figure svg')].filter(s => !s.getAttribute('aria-label')).length,
     unlabelled: [...document.querySelectorAll('article input')].filter(i => !i.labels?.length && !i.getAttribute('aria-label')).length,
     formulas: [...document.querySelectorAll('article math')].filter(m => m.checkVisibility()).map(m => m.getBoundingClientRect()).filter(r => r.width < 2 || r.height < 4).length,
-    raw: [...document.querySelectorAll('article p, article li, article td')].map(p => { const c = p.cloneNode(true); c.querySelectorAll('code, math, pre').forEach(x => x.remove()); return c.textContent; }).filter(t => /\\$[^$]+\\$|\\\\frac|\\{\\{|\\{py:/.test(t)),
+    raw: [...document.querySelectorAll('article p, article li, article td')].map(p => { const c = p.cloneNode(true); c.querySelectorAll('code, math, pre').forEach(x => x.remove()); return c.textContent; }).filter(t => /\\$|\\\\[a-z]+|\\{py:/.test(t)),
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   };
 }'''
