@@ -160,7 +160,7 @@ LOOK = '''() => {
     headings: [...document.querySelectorAll('article h1, article h2, article h3, article h4, article h5')].map(h => +h.tagName[1]),
     unnamed: [...document.images].filter(i => !i.alt.trim() || /^_?images|\\.(png|svg)$/.test(i.alt.trim())).map(i => i.src), unnamedDrawings: [...document.querySelectorAll('article figure svg')].filter(s => !s.getAttribute('aria-label')).length,
     unlabelled: [...document.querySelectorAll('article input')].filter(i => !i.labels?.length && !i.getAttribute('aria-label')).length,
-    formulas: [...document.querySelectorAll('article math')].filter(m => m.checkVisibility()).map(m => m.getBoundingClientRect()).filter(r => r.width < 2 || r.height < 4).length,
+    formulas: [...document.querySelectorAll('article math')].filter(m => m.checkVisibility()).map(m => m.getBoundingClientRect()).filter(r => r.width < 2 || r.height < 4).length + [...document.querySelectorAll('article math')].filter(m => m.textContent.includes('\\\\')).length,
     raw: [...document.querySelectorAll('article p, article li, article td')].map(p => { const c = p.cloneNode(true); c.querySelectorAll('code, math, pre').forEach(x => x.remove()); return c.textContent; }).filter(t => /\\$|\\\\[a-z]+|\\{py:/.test(t)),
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   };

@@ -1,5 +1,6 @@
 """Sphinx settings of the site; `build_docs.py` writes the pages."""
 import configparser
+import re
 from pathlib import Path
 
 from docutils.nodes import SkipNode
@@ -43,15 +44,22 @@ add_module_names = False
 viewcode_line_numbers = True
 
 
+def mathml(tex: str, display: str) -> str:
+    "MathML of a formula, with letters of other alphabets as characters: browsers ignore the attribute that would style them."
+    tex = re.sub(r'\\(mathbb|mathcal)\s+(\w)', r'\\\1{\2}', tex)
+    tex = re.sub(r'\\[bB]ig(?=\\[lr]Vert)', '', tex)
+    return ' '.join(convert(tex, display=display).split())
+
+
 def inline_math(self, node):
     "A formula in running text, as MathML: browsers draw it without a script."
-    self.body.append(' '.join(convert(node.astext(), display='inline').split()))
+    self.body.append(mathml(node.astext(), 'inline'))
     raise SkipNode
 
 
 def display_math(self, node):
     "A formula of its own line."
-    self.body.append(f'<div class="math-block" tabindex="0">{" ".join(convert(node.astext(), display="block").split())}</div>')
+    self.body.append(f'<div class="math-block" tabindex="0">{mathml(node.astext(), "block")}</div>')
     raise SkipNode
 
 
