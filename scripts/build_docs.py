@@ -22,7 +22,7 @@ from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PAGES = ROOT/'_docs', ROOT/'build'/'docs'
-REPOSITORY = 'https://github.com/spherical-lfm/spherical_lfm'
+REPOSITORY = re.search(r'^git_url = (.+)$', (ROOT/'settings.ini').read_text(), re.M)[1]
 MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
 
 
@@ -69,15 +69,11 @@ class Page:
         self.title = first[0].removeprefix('# ')
         self.description = next((line.removeprefix('> ') for line in first if line.startswith('> ')), '')
 
-    def sections(self) -> set:
-        "Anchors of the headings."
-        return {slug(h) for c in self.source.cells if c.cell_type == 'markdown' for h in re.findall(r'^#+ (.+)$', c.source, re.M)}
-
     def text(self, source: str) -> str:
         "Markdown with links between notebooks as links between pages, and names in code font as links to their documentation."
         def name(match): return f'{{py:obj}}`{match[1]} <{self.known[match[1]]}>`' if match[1] in self.known else match[0]
         def link(match): return f']({page_of(match[1])}.ipynb{"#" + slug(match[2][1:].replace("-", " ")) if match[2] else ""})'
-        parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\)|<summary>.*?</summary>)', source, flags=re.S | re.M)
+        parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\))', source, flags=re.S | re.M)
         for i, part in enumerate(parts): parts[i] = re.sub(r'\]\(([\w]+)\.ipynb(#[^)]+)?\)', link, part) if i % 2 else re.sub(r'(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)', name, part)
         return ''.join(parts)
 
@@ -209,9 +205,9 @@ class Reference:
         obj = getattr(self.mod, name)
         if name in self.constants and not inspect.isfunction(obj):
             node = self.constants[name]
-            comment = self.lines[node.lineno - 1].partition('#:')[2] or self.lines[node.end_lineno - 1].partition('# ')[2]
+            comment = self.lines[node.lineno - 2].partition('#:')[2]
             code = '\n'.join(self.lines[node.lineno - 1:node.end_lineno])
-            return f'````{{py:data}} {name}\n:module: spherical_lfm.{self.module}\n\n{escape(comment.strip(": "))}\n\n```python\n{code}\n```\n````\n\n'
+            return f'````{{py:data}} {name}\n:module: spherical_lfm.{self.module}\n\n{escape(comment.strip())}\n\n```python\n{code}\n```\n````\n\n'
         if inspect.isclass(obj):
             body = f'`````{{py:class}} {self.signature(name, obj)}\n:module: spherical_lfm.{self.module}\n\n{self.prose(obj)}{self.parameters(obj)}{self.example(name)}{self.source(obj)}\n'
             for m, f in public_methods(obj).items():

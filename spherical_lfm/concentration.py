@@ -209,6 +209,7 @@ def pair_profile(
             'slerp': (math.sqrt(d)*flat, 0*flat, d*theta**2*flat)}
 
 # %% ../nbs/01_concentration.ipynb #db069057
+#: The three paths whose curves `TokenStatistics` gathers.
 PATH_NAMES = ('linear', 'shell', 'slerp')
 
 class TokenStatistics:

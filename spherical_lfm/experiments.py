@@ -76,6 +76,7 @@ def _paper(tokenizer: str, model: str, guidances: tuple) -> Preset:
 
 _CIFAR: dict[str, Any] = dict(tokenizer='taef2', image_size=64, extractor='efficientnet', precision='bf16', sample_steps=50, guidances=(1., 1.5))
 
+#: Experiments by name.
 PRESETS = {
     'digits': Preset('digits', 16, dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False, log_every=50, checkpoint_every=400),
                      control='digits-control', sample_steps=50, samples=1438, curve_samples=320, extractor='digits', note="scikit-learn's digits, 1,438 training images"),
@@ -112,6 +113,7 @@ def environment(
             'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
 
 # %% ../nbs/11_experiments.ipynb #fd313cfb
+#: Times at which `geometry` follows the paths.
 TIMES = torch.linspace(0, 1, 33)
 
 @torch.no_grad()

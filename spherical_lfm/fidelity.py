@@ -121,6 +121,7 @@ class Extractor(NamedTuple):
     spatial: str | None   # layer for sFID
     resize: str           # for the record
 
+#: Feature extractors by name.
 EXTRACTORS = {
     'inception': Extractor('slfm-inception', '2048', 'logits_unbiased', 'spatial', 'bilinear to 299 px inside the extractor, as in the original FID code'),
     'efficientnet': Extractor('slfm-efficientnet', 'features', 'logits', 'spatial', 'bicubic (antialiased) to 224 px inside the extractor'),
@@ -216,6 +217,7 @@ def npz_batches(
     for k in range(0, len(images), batch_size): yield torch.from_numpy(images[k:k + batch_size]).permute(0, 3, 1, 2)
 
 # %% ../nbs/10_fidelity.ipynb #d70cb3cc
+#: What `score_features` can compute.
 FIGURES = ('fid', 'sfid', 'kid', 'is', 'prc')
 
 def _gaussian(features: Tensor) -> dict: return fid_features_to_statistics(features.double())

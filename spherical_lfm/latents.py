@@ -195,6 +195,7 @@ def with_statistics(
     return standardise(tokenizer, measure_statistics(tokenizer, bar, pack), pack)
 
 # %% ../nbs/06_latents.ipynb #9d3d2170
+#: Precisions in which latents are stored.
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16}
 
 def encode_latents(

@@ -159,6 +159,7 @@ class SlerpPath(Path):
     def __repr__(self): return f'SlerpPath(project_velocity={self.project_velocity}, exponential={self.exponential})'
 
 # %% ../nbs/05_paths.ipynb #562d6672
+#: The four arms of a matched comparison -> their path.
 ARMS = {
     'vanilla-linear': LinearPath(),
     'vanilla-shell': ShellPath(),

@@ -171,6 +171,7 @@ class Solver(NamedTuple):
     order: int        # of convergence
     evaluations: int  # of the field per step
 
+#: Solvers of fixed steps by name; 'adaptive' is another.
 METHODS = {
     'euler': Solver(euler, 1, 1),
     'heun': Solver(heun, 2, 2),

@@ -524,6 +524,7 @@ def _fitting(model: nn.Module, state: dict, where) -> nn.Module:
     return model
 
 # %% ../nbs/02_tokenizers.ipynb #586ecab6
+#: Where the embedded digits models, data/paper.csv and the stored results lie.
 DATA = _data_folder()
 
 #: Names that `load_tokenizer` knows: a folder that ships with the package, or (repository on the Hugging Face hub, subfolder, file format).

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 
 
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.stem)]
+PLAIN = ['index', '05_paths', 'map']  # run by plain Jupyter as well
 PLACE = 'spherical-lfm/spherical_lfm'
 PEAK = 'import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r.returncode)'
 
@@ -23,17 +25,30 @@ def cells_of(path: Path) -> list: return json.loads(path.read_text())['cells']
 def source(cell: dict) -> str: return ''.join(cell['source'])
 
 
+def execute(*command, cwd=ROOT):
+    "Run a notebook on one thread, with the peak of its memory at the end of what it prints."
+    return subprocess.run([sys.executable, '-c', PEAK, str(Path(sys.executable).parent/command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=900,
+                          env=os.environ | {'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'})
+
+
+@pytest.fixture(scope='module')
+def runs():
+    "All notebooks, two at a time: much of a notebook is start-up and single-threaded."
+    with ThreadPoolExecutor(2) as pool:
+        yield {**{p: pool.submit(execute, 'nbdev_test', '--path', str(p)) for p in NOTEBOOKS}, **{n: pool.submit(execute, 'jupyter', 'execute', f'{n}.ipynb', cwd=ROOT/'nbs') for n in PLAIN}}
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_nbdev_test(path):
-    result = subprocess.run([sys.executable, '-c', PEAK, str(Path(sys.executable).parent/'nbdev_test'), '--path', str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {'MPLBACKEND': 'agg'})
+def test_nbdev_test(runs, path):
+    result = runs[path].result()
     assert result.returncode == 0 and 'Success' in result.stdout, result.stderr[-3000:]
     peak = int(re.search(r'peak (\d+)', result.stdout)[1])/1024**(1 + (sys.platform == 'darwin'))
     assert peak < 3*1024, f'{path.stem} took {peak:.0f} MiB'
 
 
-@pytest.mark.parametrize('name', ['index', '05_paths', 'map'])
-def test_jupyter_execute(name):
-    result = subprocess.run([str(Path(sys.executable).parent/'jupyter'), 'execute', f'{name}.ipynb'], cwd=ROOT/'nbs', capture_output=True, text=True, timeout=600, env=os.environ | {'MPLBACKEND': 'agg'})
+@pytest.mark.parametrize('name', PLAIN)
+def test_jupyter_execute(runs, name):
+    result = runs[name].result()
     assert result.returncode == 0, result.stderr[-3000:]
 
 

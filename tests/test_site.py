@@ -122,7 +122,9 @@ def test_reference_is_complete(site, elements):
             obj = getattr(module, name)
             if getattr(obj, '__module__', module.__name__) != module.__name__: continue # passed on from another chapter
             assert f'spherical_lfm.{m}.{name}' in elements[f'api/{m}.html'].ids, f'{m}.{name} is not on its page'
-            if not callable(obj): continue
+            if not callable(obj):
+                assert re.search(rf'^#: .+\n{name}(:[^\n]*)? = ', inspect.getsource(module), re.M), f'{m}.{name} has no comment that says what it is'
+                continue
             assert inspect.getdoc(obj), f'{m}.{name} has no docstring'
             entry = page.partition(f'id="spherical_lfm.{m}.{name}"')[2].partition('<dt class="sig sig-object py" id="spherical_lfm.')[0]
             parameters = [p for p in inspect.signature(obj).parameters if p not in ('self', 'cls')] if inspect.isfunction(obj) else []
@@ -280,3 +282,12 @@ def test_chapters_lead_on():
     for here, after in zip(order[1:], order[2:]):
         cells = json.loads((ROOT/'nbs'/f'{here}.ipynb').read_text())['cells']
         assert f']({after}.ipynb)' in ''.join(cells[-1]['source']), f'{here} does not end with a link to {after}'
+
+
+def test_nbdev_processes_every_notebook():
+    "The half of `nbdev_docs` that comes before Quarto: directives, documentation of symbols, front matter."
+    result = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; print(proc_nbs(n_workers=0, force=True))'], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    made = ROOT/result.stdout.split()[-1]
+    assert {p.stem for p in made.glob('*.ipynb')} == set(reading_order()) and {'_quarto.yml', 'nbdev.yml', 'sidebar.yml'} <= {p.name for p in made.iterdir()}
+    assert any('z_t' in str(c) for c in json.loads((made/'05_paths.ipynb').read_text())['cells'])
