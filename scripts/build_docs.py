@@ -21,7 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, PAGES = ROOT/'_docs', ROOT/'build'/'docs'
+OUT, PAGES, RENDERED = ROOT/'_docs', ROOT/'build'/'docs', ROOT/'build'/'site'/'html' # MyST-NB leaves notebooks beside what it renders
 REPOSITORY = re.search(r'^git_url = (.+)$', (ROOT/'settings.ini').read_text(), re.M)[1]
 MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
 
@@ -114,7 +114,7 @@ def escape(text: str) -> str:
 
 def annotation(obj) -> str:
     "A type as it would be written."
-    return '' if obj is inspect.Parameter.empty or obj is None else obj if isinstance(obj, str) else re.sub(r'(?:[a-z_]+\.)+', '', inspect.formatannotation(obj))
+    return '' if obj is inspect.Parameter.empty or obj is None else obj if isinstance(obj, str) else re.sub(r'(?:\w+\.)+(?=\w)', '', inspect.formatannotation(obj))
 
 
 def code_font(obj) -> str:
@@ -232,7 +232,7 @@ def toctree(caption: str | None, entries: list) -> str:
 
 def build(strict: bool = True) -> int:
     "Write the pages, render them, and say how many there are; with `strict` every warning is an error."
-    shutil.rmtree(PAGES, ignore_errors=True)
+    for left in (PAGES, RENDERED): shutil.rmtree(left, ignore_errors=True)
     (PAGES/'api').mkdir(parents=True)
     known, sections = exported(), sidebar()
     pages = [Page(stem, known) for _, stems in sections for stem in stems]
@@ -243,11 +243,12 @@ def build(strict: bool = True) -> int:
     references = [Reference(m, pages, known) for m in MODULES]
     for r in references: r.write()
     if (ROOT/'nbs'/'images').exists(): shutil.copytree(ROOT/'nbs'/'images', PAGES/'images')
-    shutil.rmtree(OUT, ignore_errors=True)
     descriptions = {page_of(p.stem): html.escape(p.description, quote=True) for p in pages} | {f'api/{m}': f'Reference of spherical_lfm.{m}: signatures, parameters, errors, examples, source.' for m in MODULES}
     with patch_docutils(ROOT/'scripts'/'site'), docutils_namespace():
-        app = Sphinx(PAGES, ROOT/'scripts'/'site', OUT, ROOT/'build'/'doctrees', 'html', confoverrides={'descriptions': descriptions}, freshenv=True, warningiserror=strict, status=None, parallel=2)
+        app = Sphinx(PAGES, ROOT/'scripts'/'site', RENDERED, ROOT/'build'/'doctrees', 'html', confoverrides={'descriptions': descriptions}, freshenv=True, warningiserror=strict, status=None, parallel=2)
         app.build()
+    shutil.rmtree(OUT, ignore_errors=True)
+    shutil.move(RENDERED, OUT)
     missing = [f'{r.module}.{n}' for r in references for n in r.without_example]
     if missing: print('no example in any notebook:', ', '.join(missing))
     print(f'{len(pages) + len(references)} pages in {OUT.relative_to(ROOT)}')
