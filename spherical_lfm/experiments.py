@@ -460,15 +460,16 @@ def evolution(
     steps: int = 56,       # Euler steps, a multiple of `shown` - 1
     seed: int = 0          # of the noise
 ) -> dict: # 'times', 'images' [shown, n, 3, H, W], 'mean_over_sqrt_d' of the tokens
-    "Samples on their way from noise to image. Raises `ValueError` if the steps do not divide."
-    if steps % (shown - 1): raise ValueError(f'steps must be a multiple of {shown - 1}, got {steps}')
-    model, path, _ = load_run(run)
+    "Samples on their way from noise to image. Raises `ValueError` for fewer than two times, or if the steps do not divide."
+    if shown < 2 or steps % (shown - 1): raise ValueError(f'shown must be at least 2 and steps a multiple of shown - 1, got {shown} and {steps}')
+    where = next(tokenizer.parameters()).device
+    model, path, _ = load_run(run, device=where)
     d, h, w = model.config.in_channels, model.config.input_size, model.config.input_size
-    noise = initial_noise(path, (d, h, w), range(len(labels)), seed)
+    noise = initial_noise(path, (d, h, w), range(len(labels)), seed).to(where)
     passed = [(0., noise)]
     sample(model, path, labels, steps=steps, noise=noise, on_step=lambda t, z: passed.append((t, z)))
     passed = passed[::steps//(shown - 1)]
-    return {'times': [t for t, _ in passed], 'images': torch.stack([tokenizer.decode(z) for _, z in passed]), 'mean_over_sqrt_d': [norm_stats(z)['mean_over_sqrt_d'] for _, z in passed]}
+    return {'times': [t for t, _ in passed], 'images': torch.stack([tokenizer.decode(z).cpu() for _, z in passed]), 'mean_over_sqrt_d': [norm_stats(z)['mean_over_sqrt_d'] for _, z in passed]}
 
 def plot_evolution(
     found: dict # name -> from `evolution`
@@ -491,6 +492,7 @@ def evolution_study(
     progress: bool = True   # show progress bars
 ) -> dict: # what the JSON holds
     "Chord and arc side by side, on runs of the `digits` preset, each decoded by its own decoder; same noise, same classes."
+    import matplotlib.pyplot as plt
     preset, found = _shortened(scale), {}
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
@@ -500,6 +502,7 @@ def evolution_study(
             found[arm] = evolution(Path(tmp)/arm, load_tokenizer(decoder_name(preset, arm), spherical=spherical), torch.tensor([0, 3, 4, 7, 8]))
     figure = plot_evolution(found)
     with atomic_write(path) as f: figure.savefig(f, format='png', dpi=110)
+    plt.close(figure)
     result = {arm: {k: v for k, v in f.items() if k != 'images'} for arm, f in found.items()} | {'environment': environment([0])}
     write_json(Path(path).with_suffix('.json'), result)
     return result

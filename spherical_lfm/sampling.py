@@ -42,14 +42,14 @@ def guided_velocity(
     negative: int | None = None    # class to lead away from; None means the null class
 ) -> Tensor: # tangential velocity, float32
     "v_u + w (v_c - v_u), projected to the path's tangent space. Raises `ValueError` for guidance without a null class."
-    own = isinstance(t, Tensor) and t.ndim > 0
-    times = t.to(z.dtype) if isinstance(t, Tensor) and own else torch.full((len(z),), float(t), device=z.device)
-    if guidance == 1. or not own and not interval[0] <= t <= interval[1]: return path.tangent(z, model(z, times, y).float())
+    own = t if isinstance(t, Tensor) and t.ndim else None
+    times = torch.full((len(z),), float(t), device=z.device) if own is None else own.to(z.dtype)
+    if guidance == 1. or own is None and not interval[0] <= t <= interval[1]: return path.tangent(z, model(z, times, y).float())
     from_class = null_class if negative is None else negative
     if from_class is None: raise ValueError('guidance needs a class to lead away from: give null_class')
     away = torch.full_like(y, from_class)
     with_class, without = model(torch.cat([z, z]), torch.cat([times, times]), torch.cat([y, away])).float().chunk(2)
-    w = torch.where((times >= interval[0]) & (times <= interval[1]), guidance, 1.).view(-1, 1, 1, 1) if own else guidance
+    w = torch.where((times >= interval[0]) & (times <= interval[1]), guidance, 1.).view(-1, 1, 1, 1) if own is not None else guidance
     return path.tangent(z, without + w*(with_class - without))
 
 # %% ../nbs/09_sampling.ipynb #6a6bc8bb
@@ -259,8 +259,8 @@ def load_run(
     "Model and path of a trained run. Raises `FileNotFoundError` if there is no (such) checkpoint, `ValueError` if it is damaged."
     found = {int(c.name.removeprefix('step-')): c for c in checkpoints(run)}
     if not found: raise FileNotFoundError(f'no checkpoint in {run}: wanted {Path(run)/"checkpoints"/"step-..."}; train first with slfm_train')
-    if step is not None and step not in found: raise FileNotFoundError(f'{run} has no checkpoint of step {step}, only {", ".join(map(str, found))}')
-    folder = found[step] if step is not None else newest_checkpoint(run) or max(found.items())[1]
+    folder = newest_checkpoint(run) if step is None else found.get(step)
+    if folder is None: raise FileNotFoundError(f'{run} has no checkpoint of step {step}, only {", ".join(map(str, found))}')
     try:
         record = json.loads((folder/'state.json').read_text())
         model = SiT.from_pretrained(folder/'ema')
