@@ -193,10 +193,8 @@ class Reference:
         return f'[Source in the repository]({REPOSITORY}/blob/main/spherical_lfm/{self.module}.py#L{start}-L{start + len(lines) - 1})\n'
 
     def signature(self, name: str, obj) -> str:
-        "Name with parameters, types and defaults; a multi-line default is cut."
-        try: sig = inspect.signature(obj)
-        except ValueError: return f'{name}()'
-        parameters = [p.replace(annotation=inspect.Parameter.empty) for n, p in sig.parameters.items() if n not in ('self', 'cls')]
+        "Name with parameters, types and defaults; a long default is left out."
+        parameters = [p.replace(annotation=inspect.Parameter.empty) for n, p in inspect.signature(obj).parameters.items() if n not in ('self', 'cls')]
         parameters = [p.replace(default=Elided()) if p.default is not p.empty and (len(repr(p.default)) > 40 or callable(p.default)) else p for p in parameters]
         return f'{name}{inspect.Signature(parameters)}'
 
@@ -242,7 +240,7 @@ def build(strict: bool = True) -> int:
     for page in pages: page.write(trees if page.stem == 'index' else '')
     references = [Reference(m, pages, known) for m in MODULES]
     for r in references: r.write()
-    if (ROOT/'nbs'/'images').exists(): shutil.copytree(ROOT/'nbs'/'images', PAGES/'images')
+    shutil.copytree(ROOT/'nbs'/'images', PAGES/'images')
     descriptions = {page_of(p.stem): html.escape(p.description, quote=True) for p in pages} | {f'api/{m}': f'Reference of spherical_lfm.{m}: signatures, parameters, errors, examples, source.' for m in MODULES}
     with patch_docutils(ROOT/'scripts'/'site'), docutils_namespace():
         app = Sphinx(PAGES, ROOT/'scripts'/'site', RENDERED, ROOT/'build'/'doctrees', 'html', confoverrides={'descriptions': descriptions}, freshenv=True, warningiserror=strict, status=None, parallel=2)
