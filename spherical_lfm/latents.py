@@ -157,6 +157,7 @@ def list_folder(
     split: str = ''  # a subfolder to read, 'none' for classes in any case, or empty for what is usual
 ) -> Listing:
     "Images of a folder and their classes. Raises `FileNotFoundError` if there are none, `ValueError` where the layout could be read two ways."
+    root = root.resolve()
     paths, skipped = walk_images(root)
     if not paths:
         others = f' ({sum(skipped.values())} other files: {_counts(skipped)})' if skipped else ''
@@ -169,7 +170,7 @@ def list_folder(
     if chosen is not None:
         inside = list_folder(root/chosen, 'none')
         return replace(inside, split=chosen, notes=[f'folders {", ".join(tops)} are splits: {chosen} is read', *inside.notes])
-    if not tops: return Listing('folder', str(root.resolve()), [str(root/p) for p in paths], skipped=skipped)
+    if not tops: return Listing('folder', str(root), [str(root/p) for p in paths], skipped=skipped)
     if len(strays) > max(1, len(paths)//100):
         raise ValueError(f'{len(strays)} images lie directly in {root}, beside {len(tops)} folders of images: '
                          'move them into a class folder, or give a folder that holds one kind only')
@@ -178,7 +179,7 @@ def list_folder(
     labels = torch.tensor([n for n, name in enumerate(names) for _ in tops[name]])
     empty = sorted((d.name for d in root.iterdir() if d.is_dir() and d.name not in tops and not d.name.startswith('.')), key=natural_order)
     notes = [f'no images in {", ".join(empty)}, so no class'] if empty else []
-    return Listing('folder', str(root.resolve()), [str(root/p) for name in names for p in tops[name]], labels, names, skipped=skipped, notes=notes)
+    return Listing('folder', str(root), [str(root/p) for name in names for p in tops[name]], labels, names, skipped=skipped, notes=notes)
 
 def _counts(counter: Counter, most: int = 5) -> str:
     "The largest entries of a count, in words."

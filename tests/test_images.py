@@ -122,6 +122,7 @@ def test_digits_and_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match='write ./digits'): ImageSource('digits')
     assert ImageSource('./digits', 8).classes == ImageSource(Path('digits'), 8).classes == ['a', 'b']
+    assert len(list(ImageSource('./digits', 8))) == 2 # read from a relative path
 
 
 @pytest.mark.parametrize('source,words', [('nowhere/at/all', 'no images at'), ('/absent', 'no images at'), ('x.parquet', 'no images at'), ('{}/note.txt', 'is a single file')])
