@@ -360,14 +360,14 @@ def _join(out: Path):
 
 #| export
 def source_batches(
-    source: str | Path,   # a folder, a .parquet file, a data set of the hub, 'digits', or an .npz with arr_0
+    source: str | Path | ImageSource, # a source or what makes one, or an .npz with arr_0
     size: int = 256,      # side in pixels; an .npz keeps its own
     batch_size: int = 64, # images at a time
     limit: int | None = None # stop after so many
 ) -> Iterator[Tensor]: # images [B, 3, size, size] in [-1, 1], or uint8
     "Images for an extractor, streamed."
-    if str(source).endswith('.npz'):
+    if isinstance(source, (str, Path)) and str(source).endswith('.npz'):
         for x in npz_batches(source, batch_size): yield x
         return
-    images = ImageSource(source, size)
+    images = source if isinstance(source, ImageSource) else ImageSource(source, size)
     for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit): yield x
