@@ -73,7 +73,7 @@ def test_checkpoint_files(tmp_path):
 
 def test_positions_are_those_of_diffusers():
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
-    want = torch.as_tensor(get_2d_sincos_pos_embed(24, 5, output_type='pt')).float()
+    want = torch.as_tensor(get_2d_sincos_pos_embed(24, 5, base_size=5, output_type='pt')).float()
     torch.testing.assert_close(sincos_positions(24, 5)[0], want)
 
 
