@@ -1,4 +1,6 @@
 """An autoencoder that can be computed in the head: 2 x 2 blocks of pixels are the twelve channels of a token."""
+import inspect
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -32,3 +34,19 @@ def blocks(spherical: bool = False, gain: float = 1., **transform) -> Tokenizer:
 def noise(*shape, seed: int = 0, scale: float = 1.):
     "Gaussian numbers that depend on the seed alone."
     return scale*torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Recorder:
+    "Stands in for a function of a module: remembers the arguments of every call by name, and answers."
+    def __init__(self, monkeypatch, module, name: str, answer):
+        signature, self.calls = inspect.signature(getattr(module, name)), []
+
+        def stand_in(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            for parameter in signature.parameters.values():
+                if parameter.kind is parameter.VAR_KEYWORD: given |= given.pop(parameter.name)
+            self.calls.append(given)
+            return answer(given)
+        monkeypatch.setattr(module, name, stand_in)
