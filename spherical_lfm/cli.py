@@ -8,15 +8,20 @@ __all__ = ['command', 'slfm_compare', 'slfm_demo', 'slfm_encode', 'slfm_analyze'
            'bench_train', 'bench_sample', 'bench_loader', 'bench_fidelity', 'bench_tokenizer', 'slfm_bench']
 
 # %% ../nbs/12_cli.ipynb #03069e57
+import dis
+import errno
 import functools
+import inspect
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,24 +42,90 @@ from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_s
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .sampling import METHODS, SphericalSiTPipeline, load_run, sample, tokenizer_for
 from .sit import SiT
-from .sphere import project
+from .sphere import check_range, project
 from .tokenizers import atomic_write, load_tokenizer, save_grid, write_json
 from .training import TrainConfig, Trainer, flow_loss, matmul_peak, model_flops
 
 # %% ../nbs/12_cli.ipynb #133a0885
+#: What a machine refuses for reasons of its own, whoever asks.
+_REFUSED = {
+    errno.ENOSPC: 'free some space',
+    errno.EDQUOT: 'free some space',
+    errno.EROFS: 'choose another place',
+    errno.EACCES: 'choose a place that you may use',
+    errno.EPERM: 'choose a place that you may use',
+}
+
+def _is_ours(error: BaseException, package: str) -> bool:
+    "Whether a `raise` statement of this package raised an error."
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None: at = at.tb_next
+    if at is None: return False
+    module = at.tb_frame.f_globals.get('__name__', '').partition('.')[0]
+    return module in ('spherical_lfm', package) and at.tb_frame.f_code.co_code[at.tb_lasti] == dis.opmap['RAISE_VARARGS']
+
+def _sentence(error: Exception, package: str) -> str | None:
+    "What to tell the user of an error; None for a bug."
+    if isinstance(error, (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)) and _is_ours(error, package): return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and 'allocate memory' in str(error):
+        return 'not enough memory: lower the batch size, the size or the count'
+    if isinstance(error, OSError) and error.errno in _REFUSED: return f'{error.filename or "a file"}: {error.strerror}; {_REFUSED[error.errno]}'
+    return None
+
+# %% ../nbs/12_cli.ipynb #52685f01
+#: The range of options by their names.
+_RANGES = {
+    (1, math.inf): 'size count sensitivity_count held_out_count steps samples batch_size shard_size pack side rounds log_every checkpoint_every accumulate classes',
+    (2, math.inf): 'bootstrap',
+    (0, math.inf): 'warmup keep discriminator_start max_grad_norm',
+    (0, 1): 'label_dropout ema_decay',
+    (-1, math.inf): 'label negative step',
+    (-1, 2**31 - 1): 'seed',
+}
+
+def _arguments(work: Callable, argv: list[str] | None) -> dict:
+    "The arguments of a command, with 'debug'; ends with one sentence on those that cannot be."
+    def refuse(message: str): sys.exit(f'{work.__name__}: {message}; see {work.__name__} --help')
+    parser = anno_parser(work, prog=work.__name__)
+    parser.add_argument('--debug', action='store_true', help='show where an error comes from: the whole traceback, and warnings of libraries')
+    parser.error = refuse # type: ignore[method-assign,assignment]
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
+    defaults = {k: p.default for k, p in inspect.signature(work).parameters.items()} | {'debug': False}
+    numbers = {k: v for k, v in given.items() if isinstance(v, (int, float)) and v != defaults[k]}
+    try:
+        for (least, most), names in _RANGES.items(): check_range(least, most, **{k: numbers[k] for k in names.split() if k in numbers})
+        check_range(-math.inf, **numbers)
+    except ValueError as e: refuse(str(e))
+    return given
+
+@contextmanager
+def _own_warnings(name: str, debug: bool) -> Iterator[None]:
+    "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only where they are asked for."
+    def tell(message, category, filename, lineno, file=None, line=None): print(f'{name}: {message}', file=sys.stderr)
+    with warnings.catch_warnings():
+        if not (debug or sys.warnoptions):
+            warnings.simplefilter('ignore')
+            warnings.filterwarnings('always', module='spherical_lfm')
+            warnings.showwarning = tell
+        yield
+
+# %% ../nbs/12_cli.ipynb #8fd15e37
 def command(
     work: Callable # a function with documented parameters
 ) -> Callable: # takes a list of arguments; None means those of the process
-    "Turn a function into a command: parse arguments, run, and end with one sentence and exit code 1 on an error the user can mend."
+    "Turn a function into a command: parse and check arguments, run, and end with one sentence and exit code 1 on an error the user can mend. A bug keeps its traceback."
     @functools.wraps(work)
     def run(argv: list[str] | None = None):
-        given = vars(anno_parser(work, prog=work.__name__).parse_args(argv))
-        warnings.filterwarnings('ignore', category=FutureWarning)
-        try: work(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
-        except InterruptedError as e: print(e, file=sys.stderr)
-        except torch.OutOfMemoryError as e: sys.exit(f'{work.__name__}: {e if "step" in str(e) else "not enough memory on the device: lower the batch size"}')
-        except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{work.__name__}: {e}')
+        given = _arguments(work, argv)
+        debug = given.pop('debug')
+        try:
+            with _own_warnings(work.__name__, debug): work(**given)
         except KeyboardInterrupt: sys.exit(130)
+        except InterruptedError as e: print(e, file=sys.stderr)
+        except Exception as e:
+            sentence = None if debug else _sentence(e, work.__module__.partition('.')[0])
+            if sentence is None: raise
+            sys.exit(f'{work.__name__}: {sentence}')
     return run
 
 # %% ../nbs/12_cli.ipynb #ef8e00a5
