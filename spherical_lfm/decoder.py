@@ -32,6 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .probes import efficientnet_distance, lpips_distance
+from .sphere import check_range
 from .tokenizers import Tokenizer, atomic_write, psnr, save_grid, write_json
 
 # %% ../nbs/04_decoder.ipynb #e3c74b07
@@ -128,7 +129,7 @@ def checkpoints(
     run: str | Path # a run folder
 ) -> list[Path]: # complete checkpoints, oldest first
     "Checkpoint folders of a run."
-    return sorted((Path(run)/'checkpoints').glob('step-*'))
+    return sorted(f for f in (Path(run)/'checkpoints').glob('step-*') if f.name.removeprefix('step-').isdecimal())
 
 def seal(
     folder: Path, # a checkpoint that is being written
@@ -376,8 +377,10 @@ class FinetuneConfig:
         self.betas = tuple(self.betas)
         for field, allowed in (('precision', ('float32', 'bf16')), ('perceptual', ('lpips', 'efficientnet', 'none'))):
             if getattr(self, field) not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {getattr(self, field)!r}')
-        for field in ('steps', 'batch_size', 'log_every', 'checkpoint_every'):
-            if getattr(self, field) < 1: raise ValueError(f'{field} must be at least 1, got {getattr(self, field)}')
+        check_range(1, **{k: getattr(self, k) for k in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers')})
+        check_range(0, **{k: getattr(self, k) for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
+        check_range(0, 1, ema_decay=self.ema_decay)
+        check_range(1e-12, lr=self.lr)
 
 # %% ../nbs/04_decoder.ipynb #12077a64
 def _perceptual(name: str) -> Callable | None:

@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'FIGURES', 'DigitExtractor', 'EfficientNetExtractor', 'InceptionExtractor', 'Extractor',
            'feature_function', 'all_parts', 'extract_features', 'save_reference', 'load_reference', 'npz_batches',
-           'score_features', 'protocol_of', 'differences', 'evaluate', 'generate', 'frechet_distance', 'to_uint8']
+           'is_npz', 'score_features', 'protocol_of', 'differences', 'evaluate', 'generate', 'frechet_distance',
+           'to_uint8']
 
 # %% ../nbs/10_fidelity.ipynb #6df2f956
 import hashlib
 import json
 import shutil
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -37,6 +41,7 @@ from .latents import ImageSource
 from .paths import Path as FlowPath
 from .probes import efficientnet_lite0, load_digit_features
 from .sampling import sample
+from .sphere import check_range
 from .tokenizers import Tokenizer, atomic_write, to_uint8, write_json
 
 # %% ../nbs/10_fidelity.ipynb #f2782899
@@ -114,12 +119,14 @@ class Extractor(NamedTuple):
     logits: str           # layer for IS
     spatial: str | None   # layer for sFID
     resize: str           # for the record
+    width: int | None = None # of the features, if it is always the same
+    side: int | None = None  # the only size of images that it takes, in pixels
 
 #: Feature extractors by name.
 EXTRACTORS = {
-    'inception': Extractor('slfm-inception', '2048', 'logits_unbiased', 'spatial', 'bilinear to 299 px inside the extractor, as in the original FID code'),
-    'efficientnet': Extractor('slfm-efficientnet', 'features', 'logits', 'spatial', 'bicubic (antialiased) to 224 px inside the extractor'),
-    'digits': Extractor('slfm-digits', 'features', 'logits', None, 'none, 16 px'),
+    'inception': Extractor('slfm-inception', '2048', 'logits_unbiased', 'spatial', 'bilinear to 299 px inside the extractor, as in the original FID code', 2048),
+    'efficientnet': Extractor('slfm-efficientnet', 'features', 'logits', 'spatial', 'bicubic (antialiased) to 224 px inside the extractor', 1280),
+    'digits': Extractor('slfm-digits', 'features', 'logits', None, 'none, 16 px', 64, 16),
 }
 for name, extractor in (('slfm-digits', DigitExtractor), ('slfm-efficientnet', EfficientNetExtractor), ('slfm-inception', InceptionExtractor)):
     if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, extractor)
@@ -130,26 +137,38 @@ def _extractor(name: str) -> Extractor:
     if name not in EXTRACTORS: raise ValueError(f'unknown extractor {name!r}: choose one of {", ".join(EXTRACTORS)}')
     return EXTRACTORS[name]
 
-def _reach(name: str, work):
-    "Run `work`, turning a failed download of weights into one sentence."
+def _reach(name: str, work: Callable):
+    "Run `work`, turning weights of Inception that cannot be had into one sentence with the reason."
     try: return work()
-    except (OSError, RuntimeError) as e:
+    except Exception as e:
         if name != 'inception' or isinstance(e, (torch.OutOfMemoryError, ConnectionError)): raise
-        raise ConnectionError(f'the Inception weights could not be loaded ({e}): connect to the network once, or choose another extractor') from e
+        file = Path(torch.hub.get_dir())/'checkpoints'/Path(URL_INCEPTION_V3).name
+        if file.is_file(): raise ValueError(f'the Inception weights in {file} are damaged or foreign ({type(e).__name__}): remove this file, and they are downloaded again') from e
+        if not isinstance(e, (OSError, RuntimeError)): raise
+        advice = 'connect to the network once'
+        if isinstance(e, OSError) and e.filename: advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
+        raise ConnectionError(f'the Inception weights could not be loaded ({e}): {advice}, or choose another extractor') from e
 
 def _network(extractor: str, parts: tuple) -> Callable:
     "Images as uint8 -> tuple of layers."
     e = _extractor(extractor)
     return _reach(extractor, lambda: create_feature_extractor(e.registry, [getattr(e, p) for p in parts], cuda=torch.cuda.is_available(), verbose=False))
 
+def _check_side(extractor: str, images: Tensor):
+    "Refuse images of a size that an extractor does not take."
+    side, (height, width) = _extractor(extractor).side, images.shape[2:]
+    if side in (None, height) and side in (None, width): return
+    raise ValueError(f'the extractor {extractor} takes images of {side} x {side} pixels, got {height} x {width}: give size {side}, or another extractor')
+
 # %% ../nbs/10_fidelity.ipynb #2b4cdf48
 def feature_function(
     extractor: str = 'inception', # a key of `EXTRACTORS`
     parts: tuple = ('features',)  # of 'features', 'logits', 'spatial'
 ) -> Callable: # images [B, 3, H, W] in [-1, 1] (or uint8) -> the part on the CPU, or a dict if there are several
-    "An extractor for streams. Images are rounded to 8 bits and never leave the device for that. Raises `ConnectionError` if weights cannot be had."
+    "An extractor for streams. Images are rounded to 8 bits and never leave the device for that. Raises `ConnectionError` if weights cannot be had, `ValueError` if they are damaged or images have a size it does not take."
     net, device = _network(extractor, parts), 'cuda' if torch.cuda.is_available() else 'cpu'
     def extract(images: Tensor):
+        _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)
         with torch.no_grad(): found = dict(zip(parts, (f.float().cpu() for f in net(x))))
         return found if len(parts) > 1 else found[parts[0]]
@@ -186,28 +205,76 @@ def save_reference(
 
 def load_reference(
     path: str | Path,             # an .npz file with mu and sigma, or with images arr_0 [N, H, W, 3] uint8
-    extractor: str = 'inception', # a key of `EXTRACTORS`, for images
+    extractor: str = 'inception', # a key of `EXTRACTORS`, whose statistics they are, or which looks at the images
     batch_size: int = 64          # images at a time
 ) -> dict: # 'mu', 'sigma' (and 'mu_s', 'sigma_s'), or features; and 'count' if it is known
-    "A stored reference. Raises `FileNotFoundError` or `ValueError` if the file is none."
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            known = {k: z[k].astype(np.float64) for k in ('mu', 'sigma', 'mu_s', 'sigma_s') if k in z.files}
-            if {'mu', 'sigma'} <= set(known): return known | ({'count': int(z['count'])} if 'count' in z.files else {})
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path} is no .npz reference: {type(e).__name__}') from e
-    return extract_features(npz_batches(path, batch_size), extractor, parts=all_parts(extractor))
+    "A stored reference. Raises `FileNotFoundError`, or `ValueError` if the file is none or its statistics cannot be."
+    stored = _open_npz(path)
+    if not {'mu', 'sigma'} <= set(stored.files): return extract_features(npz_batches(path, batch_size), extractor, parts=all_parts(extractor))
+    found: dict[str, Any] = {}
+    for suffix in ('', '_s'):
+        if f'mu{suffix}' in stored.files: found |= _moments(path, stored, suffix)
+    width = _extractor(extractor).width
+    if width not in (None, len(found['mu'])): raise ValueError(f'{path} has statistics of {len(found["mu"])} features, {extractor} has {width}: give the extractor it was made with')
+    return found | _count(path, stored)
 
 def npz_batches(
     path: str | Path,     # an .npz file with arr_0 [N, H, W, 3] uint8
     batch_size: int = 64  # images at a time
 ) -> Iterator[Tensor]: # uint8 [B, 3, H, W]
-    "Images of an ADM file. Raises `ValueError` if there are none."
-    try:
-        with np.load(path, allow_pickle=False) as z: images = z['arr_0']
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path} holds neither statistics (mu, sigma) nor images (arr_0): {type(e).__name__}') from e
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8: raise ValueError(f'arr_0 of {path} must be uint8 [N, H, W, 3], got {images.dtype} {images.shape}')
+    "Images of an ADM file. Raises `FileNotFoundError`, or `ValueError` if there are none, before the first batch is asked for."
+    stored = _open_npz(path)
+    if 'arr_0' not in stored.files: raise ValueError(f'{path} holds neither statistics (mu, sigma) nor images (arr_0), only {", ".join(stored.files) or "nothing"}: give another file')
+    return _npz_batches(path, stored, batch_size)
+
+# %% ../nbs/10_fidelity.ipynb #0f148068
+def is_npz(
+    source: Any # anything that says where images are
+) -> bool:
+    "Whether a source is an .npz file by its name, in small letters or capitals."
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() == '.npz'
+
+def _open_npz(path: str | Path) -> Any:
+    "The arrays of an .npz file, read when they are asked for."
+    if not Path(path).is_file(): raise FileNotFoundError(f'no .npz file at {path}: give one with statistics (mu, sigma) or images (arr_0)')
+    try: stored = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as e: raise ValueError(f'{path} is no .npz reference, or damaged ({type(e).__name__}): give another file') from e
+    if not isinstance(stored, np.lib.npyio.NpzFile): raise ValueError(f'{path} is no .npz reference but a single array: store it with numpy.savez')
+    return stored
+
+def _array(path: str | Path, stored: Any, name: str) -> np.ndarray:
+    "One array of an .npz file."
+    if name not in stored.files: raise ValueError(f'{path} has no {name}, only {", ".join(stored.files)}: make the reference again')
+    try: return stored[name]
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e: raise ValueError(f'{name} of {path} cannot be read ({type(e).__name__}): the file is damaged, make it again') from e
+
+def _moments(path: str | Path, stored: Any, suffix: str) -> dict:
+    "Mean and covariance of a reference, after checking that they are that."
+    mu, sigma = (_array(path, stored, f'{k}{suffix}') for k in ('mu', 'sigma'))
+    again = 'make the reference again'
+    if not (np.issubdtype(mu.dtype, np.number) and np.issubdtype(sigma.dtype, np.number)): raise ValueError(f'mu{suffix} and sigma{suffix} of {path} are no numbers: {again}')
+    mu, sigma = mu.astype(np.float64).reshape(-1), sigma.astype(np.float64)
+    if sigma.shape != (len(mu), len(mu)): raise ValueError(f'mu{suffix} of {path} has {len(mu)} values, but sigma{suffix} has shape {sigma.shape}: {again}')
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()): raise ValueError(f'mu{suffix} or sigma{suffix} of {path} contains NaN or Inf: {again}')
+    if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6*np.abs(sigma).max(initial=0)): raise ValueError(f'sigma{suffix} of {path} is not symmetric, so no covariance: {again}')
+    if (sigma.diagonal() < 0).any(): raise ValueError(f'sigma{suffix} of {path} has a negative variance, so it is no covariance: {again}')
+    return {f'mu{suffix}': mu, f'sigma{suffix}': sigma}
+
+def _count(path: str | Path, stored: Any) -> dict:
+    "How many images a reference was made from, if it says so."
+    if 'count' not in stored.files:
+        warnings.warn(f'{path} does not say how many images it was made from (count), on which a Fréchet distance depends')
+        return {}
+    count = _array(path, stored, 'count')
+    if count.size != 1 or not np.issubdtype(count.dtype, np.number): raise ValueError(f'count of {path} is no number: make the reference again')
+    if not count.item() >= 10: raise ValueError(f'{path} was made from {count.item()} images, too few to compare distributions: use at least 10, better thousands')
+    return {'count': int(count.item())}
+
+def _npz_batches(path: str | Path, stored: Any, batch_size: int) -> Iterator[Tensor]:
+    "Batches of arr_0, read at the first one."
+    images = _array(path, stored, 'arr_0')
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise ValueError(f'arr_0 of {path} must be uint8 [N, H, W, 3], got {images.dtype} {images.shape}: store 8-bit RGB images')
     for k in range(0, len(images), batch_size): yield torch.from_numpy(images[k:k + batch_size]).permute(0, 3, 1, 2)
 
 # %% ../nbs/10_fidelity.ipynb #d70cb3cc
@@ -231,7 +298,8 @@ def score_features(
     for what, x in (('samples', samples), ('reference', reference)):
         if 'features' not in x: continue
         if len(x['features']) < 10: raise ValueError(f'{len(x["features"])} {what} are too few to compare distributions')
-        if not x['features'].isfinite().all(): raise ValueError(f'features of the {what} contain NaN or Inf: the images do, or the extractor overflowed')
+        if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)): raise ValueError(f'features of the {what} contain NaN or Inf: the images do, or the extractor overflowed')
+    if bootstrap: check_range(2, bootstrap=bootstrap)
     stored = 'mu' in reference
     figures: dict[str, Any] = {}
     moments = lambda part, suffix: {'mu': reference[f'mu{suffix}'], 'sigma': reference[f'sigma{suffix}']} if stored else _gaussian(reference[part])
@@ -244,12 +312,18 @@ def score_features(
             figures['fid_interval'] = [figures['fid'] - spread, figures['fid'] + spread]
     if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference): figures['sfid'] = _distance(_gaussian(samples['spatial']), moments('spatial', '_s'))
     if 'is' in metrics and 'logits' in samples: figures['is'] = float(isc_features_to_metric(samples['logits'])[KEY_METRIC_ISC_MEAN])
-    if stored: return figures
+    if stored: return _finite(figures)
     a, b = samples['features'], reference['features']
     if 'kid' in metrics: figures['kid'] = float(kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a), len(b)), verbose=False)[KEY_METRIC_KID_MEAN])
     if 'prc' in metrics:
         found = prc_features_to_metric(a, b, save_cpu_ram=True, verbose=False)
         figures |= {'precision': float(found[KEY_METRIC_PRECISION]), 'recall': float(found[KEY_METRIC_RECALL])}
+    return _finite(figures)
+
+def _finite(figures: dict) -> dict:
+    "Figures, if they are numbers: a table with NaN looks like a result."
+    for k, v in figures.items():
+        if not np.isfinite(v).all(): raise ValueError(f'{k} came out as {v}: the features are degenerate, look at the images and the reference')
     return figures
 
 def protocol_of(
@@ -359,9 +433,8 @@ def source_batches(
     batch_size: int = 64, # images at a time
     limit: int | None = None # stop after so many
 ) -> Iterator[Tensor]: # images [B, 3, size, size] in [-1, 1], or uint8
-    "Images for an extractor, streamed."
-    if str(source).endswith('.npz'):
-        for x in npz_batches(source, batch_size): yield x
-        return
+    "Images for an extractor, streamed; a source that is not there is refused at once."
+    check_range(1, batch_size=batch_size)
+    if is_npz(source): return npz_batches(source, batch_size)
     images = ImageSource(source, size)
-    for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit): yield x
+    return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))
