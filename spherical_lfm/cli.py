@@ -137,6 +137,18 @@ def _dtype(precision: str) -> torch.dtype:
     if precision not in known: raise ValueError(f'precision must be float32 or bf16, got {precision!r}')
     return known[precision]
 
+def _images(
+    images: str,            # image source, as the user gives it
+    size: int,              # side in pixels
+    split: str = '',        # which split
+    image_column: str = '', # of a table
+    label_column: str = ''  # of a table
+) -> ImageSource:
+    "An image source, after saying on stderr what was understood of it."
+    source = ImageSource(images, size, split, image_column, label_column)
+    if processes().is_main_process: print(source.describe(), file=sys.stderr)
+    return source
+
 def _arms(names: str) -> tuple:
     "Arms from 'all' or a comma-separated list."
     chosen = tuple(ARMS) if names == 'all' else tuple(n.strip() for n in names.split(','))
@@ -163,6 +175,9 @@ def slfm_compare(
     steps: int = 0,                                # training steps in place of the preset's
     samples: int = 0,                              # samples for the final figures in place of the preset's
     no_curve: bool = False,                        # score the last checkpoint only
+    split: str = '',                               # which split of the images; empty: the usual one, none: folders named like splits are classes
+    image_column: str = '',                        # of a table; empty takes the usual one
+    label_column: str = '',                        # of a table; empty takes the usual one, none takes no classes
     seed: int = 0                                  # of training and sampling
 ):
     "The matched comparison: train, sample and score each arm under one protocol, and write report.json, table.csv and report.html; also under `accelerate launch`."
@@ -170,7 +185,7 @@ def slfm_compare(
     given: dict[str, Any] = {k: v for k, v in dict(tokenizer=tokenizer, control=control, samples=samples).items() if v}
     if steps: given['train'] = chosen.train | {'steps': steps}
     chosen = replace(chosen, **given)
-    report = compare(chosen, _arms(arms), out, images, seed, not no_curve)
+    report = compare(chosen, _arms(arms), out, _images(images, chosen.image_size, split, image_column, label_column), seed, not no_curve)
     if report: _print_report(report, out)
 
 @command
@@ -200,10 +215,13 @@ def slfm_encode(
     precision: str = 'float32',  # of the encoder: float32 or bf16
     batch_size: int = 64,        # images per encoder call
     shard_size: int = 4096,      # images per file
-    seed: int = 0                # of the random order in which images are stored; -1 keeps their own
+    seed: int = 0,               # of the random order in which images are stored; -1 keeps their own
+    split: str = '',             # which split of the images; empty: the usual one, none: folders named like splits are classes
+    image_column: str = '',      # of a table; empty takes the usual one
+    label_column: str = ''       # of a table; empty takes the usual one, none takes no classes
 ):
     "Encode images once into latent shards with checksums and the tokenizer's identity; also under `accelerate launch`. Interrupted, it goes on with the shards that are missing when the line is repeated."
-    tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
+    tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), _images(images, size, split, image_column, label_column)
     if wants_statistics(tok): print(f'{tok.name} brings no statistics, so its latents are stored as they are; slfm_finetune measures some and keeps them in its tokenizer folders', file=sys.stderr)
     index = encode_latents(tok, source, out, not no_flip, batch_size, shard_size, source.shuffled(seed) if seed >= 0 else None, dtype, precision)
     if not processes().is_main_process: return
@@ -222,11 +240,14 @@ def slfm_analyze(
     pack: int = 1,                 # measure them in packed blocks of this side
     precision: str = 'float32',    # float32 or bf16
     batch_size: int = 32,          # images per encoder call
-    seed: int = 0                  # of the choice of images and the noise
+    seed: int = 0,                 # of the choice of images and the noise
+    split: str = '',               # which split of the images; empty: the usual one, none: folders named like splits are classes
+    image_column: str = '',        # of a table; empty takes the usual one
+    label_column: str = ''         # of a table; empty takes the usual one, none takes no classes
 ):
     "Is this latent space a sphere? Lengths of tokens, what chord, shell and arc do between noise and them, as a table (JSON, CSV) and a figure (PNG, SVG); also under `accelerate launch`."
     tok = load_tokenizer(tokenizer, spherical=False, device=_device(), dtype=_dtype(precision))
-    found = analyze_study(tok, ImageSource(images, size), out, name, limit=count, statistics=statistics, pack=pack, batch_size=batch_size, seed=seed)
+    found = analyze_study(tok, _images(images, size, split, image_column, label_column), out, name, limit=count, statistics=statistics, pack=pack, batch_size=batch_size, seed=seed)
     if not found: return
     print(f'{"tokenizer":>20} {"d":>4} {"images":>7} {"raw r/√d":>9} {"CV":>6} {"r/√d":>7} {"CV":>6} {"excursion":>10} {"radial share at t = 0, ½, 1":>28}')
     for r in (f['row'] for f in found.values()):
@@ -248,10 +269,13 @@ def slfm_probe(
     statistics: str = 'auto',      # auto: measure mean and spread of the latents where the tokenizer brings none; measure; own
     pack: int = 1,                 # measure them in packed blocks of this side
     batch_size: int = 32,          # images at a time
-    seed: int = 0                  # of images, partners and directions
+    seed: int = 0,                 # of images, partners and directions
+    split: str = '',               # which split of the images; empty: the usual one, none: folders named like splits are classes
+    image_column: str = '',        # of a table; empty takes the usual one
+    label_column: str = ''         # of a table; empty takes the usual one, none takes no classes
 ):
     "Does this decoder read direction? Exchange lengths and directions between images, scale and rotate tokens, decode, and measure; numbers with 95 % intervals, figures and an example strip."
-    source = ImageSource(images, size)
+    source = _images(images, size, split, image_column, label_column)
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
     result = probe_study(tok, source, out, count, neighbours, distances, sensitivity_count, batch_size, seed)
     for k, found in result['summary'].items():
@@ -267,6 +291,7 @@ def slfm_finetune(
     out: str,                        # output folder; a run that was stopped there goes on
     held_out: str = '',              # image source for the figures; empty takes a few of `images` and says so
     held_out_count: int = 2048,      # images of it that are used
+    held_out_split: str = '',        # its split; empty takes the usual one, of the digits the test split
     size: int = 256,                 # side of the images in pixels
     arms: str = 'spherical,control', # comma-separated: spherical (behind the projection), control (the same recipe without it)
     steps: int = 2000,               # optimisation steps
@@ -281,14 +306,18 @@ def slfm_finetune(
     no_flip: bool = False,           # do not mirror images
     seed: int = 0,                   # of every draw
     log_every: int = 50,             # steps between lines of log.jsonl
-    checkpoint_every: int = 500      # steps between checkpoints and sample strips
+    checkpoint_every: int = 500,     # steps between checkpoints and sample strips
+    split: str = '',                 # which split of the images; empty: the usual one, none: folders named like splits are classes
+    image_column: str = '',          # of a table; empty takes the usual one
+    label_column: str = ''           # of a table; empty takes the usual one, none takes no classes
 ):
     "Finetune a decoder for the sphere, and its control; also under `accelerate launch`. Ends with a table of reconstructions, evaluation.json, strip.png, and a diffusers folder `ARM/tokenizer` each."
     config = FinetuneConfig(steps=steps, batch_size=batch_size, lr=lr, perceptual=perceptual, discriminator_start=discriminator_start, precision=precision,
                             flip=not no_flip, seed=seed, log_every=log_every, checkpoint_every=checkpoint_every)
-    source, test = ImageSource(images, size), None
+    source, test = _images(images, size, split, image_column, label_column), None
     if held_out:
-        other = ImageSource(held_out, size, 'test')
+        other = _images(held_out, size, held_out_split or ('test' if held_out == 'digits' else ''), image_column, label_column)
+        if other.content == source.content: raise ValueError(f'{held_out} holds the very images to finetune on: give others with --held_out or --held_out_split')
         test = torch.stack([x for x, _ in other.stream(other.shuffled(seed), held_out_count)])
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
     result = finetune_study(tok, source, out, config, tuple(a.strip() for a in arms.split(',')), test, extractor)
@@ -382,6 +411,9 @@ def slfm_sample(
 def slfm_evaluate(
     samples: str,                   # image source of the samples, an .npz with arr_0, or a run folder of slfm_train to sample from
     reference: str,                 # image source of the real images, or an .npz with statistics (mu, sigma) or images (arr_0)
+    split: str = '',                # which split of the reference; empty: the usual one, none: folders named like splits are classes
+    image_column: str = '',         # of a reference that is a table; empty takes the usual one
+    label_column: str = '',         # of a reference that is a table; empty takes the usual one, none takes no classes
     extractor: str = 'inception',   # inception, efficientnet or digits
     size: int = 256,                # side in pixels to which images are cropped and resized (bicubic); an .npz and a run keep their own
     bootstrap: int = 0,             # resamplings for a 95 % interval of the FID; 0 gives none
@@ -401,8 +433,8 @@ def slfm_evaluate(
     "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
     parts, run = all_parts(extractor), Path(samples)
     setting: dict[str, Any] = {}
-    features = lambda source: extract_features(tqdm(source_batches(source, size), desc=f'features of {Path(source).name}', unit='batch'), extractor, parts=parts)
-    real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference)
+    features = lambda where, *columns: extract_features(tqdm(source_batches(where if where.endswith('.npz') else _images(where, size, *columns)), desc=f'features of {Path(where).name}', unit='batch'), extractor, parts=parts)
+    real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference, split, image_column, label_column)
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
     if (run/'checkpoints').is_dir():
         _dtype(precision)

@@ -262,10 +262,10 @@ def prepare_latents(
     tokenizer = load_tokenizer(preset.tokenizer, spherical=False, device='cuda' if torch.cuda.is_available() else 'cpu')
     if wants_statistics(tokenizer): raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: run slfm_finetune and give the folders it leaves as tokenizer and control')
     flip = preset.train.get('flip', True)
-    wanted = tokenizer.latent_identity, flip, Path(source.source).name, source.split, preset.image_size
+    wanted = tokenizer.latent_identity, flip, source.fingerprint
     try:
         index = json.loads((folder/'index.json').read_text())
-        found = index['tokenizer']['latent_identity'], index['flip'], index['source']['kind'], index['source']['split'], index['source']['size'][0]
+        found = index['tokenizer']['latent_identity'], index['flip'], index['source']['fingerprint']
     except (FileNotFoundError, json.JSONDecodeError, KeyError): found = None
     if found != wanted: encode_latents(tokenizer, source, folder, flip=flip, precision=preset.precision, progress=progress)
     return tokenizer
@@ -274,7 +274,7 @@ def compare(
     preset: str | Preset = 'digits',                         # a key of `PRESETS` or a preset
     arms: tuple = ('vanilla-linear', 'spherical-slerp'),     # which arms
     out: str | Path = 'runs/compare',                        # output folder
-    images: str = 'digits',                                  # an image source
+    images: Any = 'digits',                                  # an `ImageSource`, or what makes one at the preset's size
     seed: int = 0,                                           # of training and sampling
     curve: bool = True,                                      # FID over steps
     progress: bool = True                                    # show progress bars
@@ -282,7 +282,7 @@ def compare(
     "The matched comparison; a second call reuses what is finished. Writes report.json, table.csv and report.html. Raises `ValueError` for unknown arms or presets."
     preset = get_preset(preset) if isinstance(preset, str) else preset
     for arm in arms: arm_path(arm)
-    out, source = Path(out), ImageSource(images, preset.image_size)
+    out, source = Path(out), images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
     tokenizer = prepare_latents(preset, source, out/'latents', progress)
     reference = reference_features(preset, source, out, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}
@@ -290,7 +290,7 @@ def compare(
     pictures, classes = zip(*source.stream(limit=2048))
     some = torch.stack(pictures), torch.tensor(classes)
     found = geometry(tokenizer, *some, seed=seed)
-    report = {'arms': rows, 'geometry': found['report'], 'environment': environment([seed]), 'preset': asdict(preset), 'reached': {arm: steps_to_reach(rows, arm) for arm in rows}}
+    report = {'arms': rows, 'images': source.understood, 'geometry': found['report'], 'environment': environment([seed]), 'preset': asdict(preset), 'reached': {arm: steps_to_reach(rows, arm) for arm in rows}}
     write_json(out/'report.json', report)
     with atomic_write(out/'table.csv') as f: comparison_table(rows).to_csv(f, index=False)
     with atomic_write(out/'report.html') as f: f.write_text(report_html(report, found, tokenizer, some, out))
@@ -583,7 +583,7 @@ def analyze_study(
     if not processes().is_main_process: return {}
     both = {'raw': raw.summary(), 'processed': processed.summary()}
     protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,
-                'source': Path(source.source).name, 'image_size': source.size, 'skipped': len(source.skipped), 'skipped_first': source.skipped[:10]}
+                'images': source.understood, 'image_size': source.size, 'skipped': len(source.skipped), 'skipped_first': source.skipped[:10]}
     found = json.loads((out/'analysis.json').read_text()) if (out/'analysis.json').exists() else {}
     found[name] = {'row': geometry_row(name, both['raw'], both['processed']), **both, 'protocol': protocol, 'environment': environment([options.get('seed', 0)])}
     write_json(out/'analysis.json', found)
@@ -637,7 +637,7 @@ def probe_study(
     layers = radius_response(tokenizer, some, seed=seed, batch_size=batch_size, progress=progress)
     result = {'summary': summarise_swaps(swaps), 'values': {s: {k: [round(v, 5) for v in x.tolist()] for k, x in per.items()} for s, per in swaps.items()},
               'sensitivity': turned, 'response': layers,
-              'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'source': Path(source.source).name, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
+              'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'images': source.understood, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
                            'neighbours': neighbours, 'sensitivity_images': len(some), 'skipped': len(source.skipped), 'not_available': sorted(missing)}, 'environment': environment([seed])}
     write_json(out/'probe.json', result)
     figures = {'swaps': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained'), 'sensitivity': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained')}
@@ -686,7 +686,7 @@ def finetune_study(
         result['decoder_swap'] = {'spherical tokens, control decoder': measure(spherical, control), 'vanilla tokens, spherical decoder': measure(control, spherical)}
     first = next(iter(pipelines.values()))
     result |= {'config': asdict(config), 'protocol': {'tokenizer': first.name, 'latent_identity': first.latent_identity, 'transform': {k: v for k, v in first.transform.config.items() if k not in ('mean', 'std')},
-               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'rfid_features': used, 'not_available': sorted(missing)},
+               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'images': images.understood if isinstance(images, ImageSource) else None, 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'rfid_features': used, 'not_available': sorted(missing)},
                'logs': {arm: [json.loads(line) for line in (out/arm/'log.jsonl').read_text().splitlines()] for arm in arms}, 'environment': environment([config.seed])}
     write_json(out/'evaluation.json', result)
     with torch.no_grad(): rows = [t.decode(t.encode(held_out[:12].to(next(t.parameters()).device))).cpu() for t in pipelines.values()]

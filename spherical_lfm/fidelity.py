@@ -428,7 +428,7 @@ def _join(out: Path):
 
 #| export
 def source_batches(
-    source: str | Path,   # a folder, a .parquet file, a data set of the hub, 'digits', or an .npz with arr_0
+    source: str | Path | ImageSource, # a source or what makes one, or an .npz with arr_0
     size: int = 256,      # side in pixels; an .npz keeps its own
     batch_size: int = 64, # images at a time
     limit: int | None = None # stop after so many
@@ -436,5 +436,5 @@ def source_batches(
     "Images for an extractor, streamed; a source that is not there is refused at once."
     check_range(1, batch_size=batch_size)
     if is_npz(source): return npz_batches(source, batch_size)
-    images = ImageSource(source, size)
+    images = source if isinstance(source, ImageSource) else ImageSource(source, size)
     return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))

@@ -148,17 +148,13 @@ class LatentTransform(nn.Module):
 
 # %% ../nbs/02_tokenizers.ipynb #24b6ee42
 def _digest(config: dict, state: dict) -> str:
-    "SHA-256 over a configuration and named tensors, independent of device and file format."
+    "SHA-256 over plain settings and named tensors, independent of device and file format."
     h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(state):
-        x = state[name].detach().cpu().contiguous()
-        h.update(f'{name}{tuple(x.shape)}{x.dtype}'.encode())
+        x = state[name].detach().float().cpu().contiguous()
+        h.update(f'{name}{tuple(x.shape)}'.encode())
         h.update(x.view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b'')
     return h.hexdigest()[:16]
-
-def _public(config: dict) -> dict:
-    "The part of a diffusers config that says what the model is, not where it was loaded from."
-    return {k: v for k, v in config.items() if not k.startswith('_')}
 
 def _missing(): raise NotImplementedError
 
@@ -211,7 +207,7 @@ class Tokenizer(nn.Module):
         self.autoencoder, self.transform = autoencoder.eval(), transform or LatentTransform()
         self.spherical, self.name = spherical, name
         self._bytes: dict[tuple, int] = {}
-        self._latent_identity: str | None = None
+        self._stored_identity: tuple[str, str] | None = None # (of latents, of everything) before a cast
         self.raw_channels, stride, self._side = _layout(autoencoder)
         self.d, self.downsample = self.transform.channels(self.raw_channels), stride*self.transform.stride
         stat, packed = self.transform.mean.shape[1], self.raw_channels*self.transform.config['pack']**2
@@ -308,17 +304,19 @@ class Tokenizer(nn.Module):
 
     def _hash(self, keep) -> str:
         state = {k: v for k, v in self.autoencoder.state_dict().items() if keep(k)}
-        return _digest({'autoencoder': _public(dict(self.autoencoder.config)), 'transform': self.transform.config}, state)
+        return _digest({'class': type(self.autoencoder).__name__, 'transform': self.transform.config}, state)
 
     @property
     def latent_identity(self) -> str:
-        "Hash of what latents depend on: encoder weights, config and transform, before projection."
-        return self._latent_identity or self._hash(lambda k: not k.startswith(('decoder.', 'post_quant_conv.')))
+        "Hash of what latents depend on: names, shapes and values of the encoder's tensors, and the transform, before projection."
+        if self._stored_identity: return self._stored_identity[0]
+        return self._hash(lambda k: not k.startswith(('decoder.', 'post_quant_conv.')))
 
     @property
     def identity(self) -> str:
-        "Hash of the whole tokenizer: all weights, config, transform, and whether it projects."
-        return self._hash(lambda k: True) + ('-spherical' if self.spherical else '')
+        "Hash of the whole tokenizer: all tensors, transform, and whether it projects."
+        whole = self._stored_identity[1] if self._stored_identity else self._hash(lambda k: True)
+        return whole + ('-spherical' if self.spherical else '')
 
     def save_pretrained(self,
         folder: str | Path # a diffusers folder, written whole or not at all
@@ -762,7 +760,7 @@ def load_tokenizer(
     name = str(name_or_path) if known else saved.get('name') or (Path(place).resolve().name if format == 'diffusers' else format)
     tokenizer = Tokenizer(model, transform or _own_transform(model, packed), spherical, name)
     if dtype != torch.float32:
-        tokenizer._latent_identity = tokenizer.latent_identity # that of the weights as stored
+        tokenizer._stored_identity = tokenizer.latent_identity, tokenizer.identity.removesuffix('-spherical') # of the weights as stored
         tokenizer.autoencoder.to(dtype)
     return tokenizer.to(device).requires_grad_(False)
 

@@ -341,7 +341,7 @@ def test_every_kind_of_image_is_read_or_named(zoo, tmp_path):
     found = json.loads((tmp_path/'out'/'analysis.json').read_text())['digits']
     assert found['row']['images'] == 10 and found['protocol']['skipped'] == 4 and '4 images skipped' in result.stdout
     assert {f.name for f in (tmp_path/'out').iterdir()} == {'analysis.json', 'table.csv', 'geometry.png', 'geometry.svg'}
-    with pytest.raises(ValueError, match='cannot be read: text.png'): source[[Path(r['image']['path']).name for r in source._rows].index('text.png')]
+    with pytest.raises(ValueError, match='cannot be read: text.png'): source[[Path(r).name for r in source.listing.rows].index('text.png')]
 
 
 def test_parquet_with_names_as_labels_and_files_that_are_not_parquet(tmp_path):
@@ -355,8 +355,8 @@ def test_parquet_with_names_as_labels_and_files_that_are_not_parquet(tmp_path):
         return {'bytes': b.getvalue(), 'path': f'{colour}.png'}
     pq.write_table(pa.table({'image': [png('red'), png('blue'), png('lime')], 'label': ['plum', 'apple', 'plum']}), tmp_path/'named.parquet')
     assert [y for _, y in ImageSource(tmp_path/'named.parquet', 16)] == [1, 0, 1]
-    pq.write_table(pa.table({'picture': [1]}), tmp_path/'other.parquet')
-    with pytest.raises(ValueError, match='no column "image"'): ImageSource(tmp_path/'other.parquet', 16)
+    pq.write_table(pa.table({'colour': [1]}), tmp_path/'other.parquet')
+    with pytest.raises(ValueError, match='no column that holds images'): ImageSource(tmp_path/'other.parquet', 16)
     (tmp_path/'broken.parquet').write_bytes(b'PAR1 and nothing else')
     with pytest.raises(ValueError, match='no readable parquet file'): ImageSource(tmp_path/'broken.parquet', 16)
 
