@@ -36,14 +36,15 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import compare, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
-from .fidelity import all_parts, differences, extract_features, feature_function, generate, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
+from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
+from .fidelity import all_parts, differences, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
+from .probes import find_partners, get_distances
 from .sampling import METHODS, SphericalSiTPipeline, load_run, sample, tokenizer_for
 from .sit import SiT
 from .sphere import check_range, project
-from .tokenizers import atomic_write, load_tokenizer, save_grid, write_json
+from .tokenizers import atomic_write, load_tokenizer, read_json, save_grid, write_json
 from .training import TrainConfig, Trainer, flow_loss, matmul_peak, model_flops
 
 # %% ../nbs/12_cli.ipynb #133a0885
@@ -276,8 +277,10 @@ def slfm_probe(
 ):
     "Does this decoder read direction? Exchange lengths and directions between images, scale and rotate tokens, decode, and measure; numbers with 95 % intervals, figures and an example strip."
     source = _images(images, size, split, image_column, label_column)
+    if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
+    judges = get_distances(distances)
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
-    result = probe_study(tok, source, out, count, neighbours, distances, sensitivity_count, batch_size, seed)
+    result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
     for k, found in result['summary'].items():
         print(f'{k}: direction matters {found["direction_over_radius"][0]:.1f} times as much as radius, 95 % interval [{found["direction_over_radius"][1]:.1f}, {found["direction_over_radius"][2]:.1f}]')
         for swap, (mean, low, high) in found['mean'].items(): print(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
@@ -314,13 +317,15 @@ def slfm_finetune(
     "Finetune a decoder for the sphere, and its control; also under `accelerate launch`. Ends with a table of reconstructions, evaluation.json, strip.png, and a diffusers folder `ARM/tokenizer` each."
     config = FinetuneConfig(steps=steps, batch_size=batch_size, lr=lr, perceptual=perceptual, discriminator_start=discriminator_start, precision=precision,
                             flip=not no_flip, seed=seed, log_every=log_every, checkpoint_every=checkpoint_every)
+    wanted = tuple(a.strip() for a in arms.split(','))
+    check_finetune(wanted, extractor)
     source, test = _images(images, size, split, image_column, label_column), None
     if held_out:
         other = _images(held_out, size, held_out_split or ('test' if held_out == 'digits' else ''), image_column, label_column)
         if other.content == source.content: raise ValueError(f'{held_out} holds the very images to finetune on: give others with --held_out or --held_out_split')
         test = torch.stack([x for x, _ in other.stream(other.shuffled(seed), held_out_count)])
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
-    result = finetune_study(tok, source, out, config, tuple(a.strip() for a in arms.split(',')), test, extractor)
+    result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if not result: return
     figures = [k for k in next(iter(result['pipelines'].values())) if k != 'count']
     print(f'{"":>34}' + ''.join(f'{k:>26}' for k in figures))
@@ -350,6 +355,7 @@ def slfm_train(
     accumulate: int = None,        # parts into which a process cuts its share of the batch: less memory
     checkpointing: bool = False,   # recompute activations: less memory, a third more time
     parallel: str = None,          # several processes: ddp or fsdp
+    classes: int = None,           # number of classes; left out, those that the images' source named
     seed: int = 0,                 # of initialisation and every draw
     log_every: int = None,         # steps between lines of log.jsonl
     checkpoint_every: int = None,  # steps between checkpoints
@@ -364,7 +370,7 @@ def slfm_train(
     switches = dict(jacobi=jacobi, compile=compile, checkpointing=checkpointing, tensorboard=tensorboard)
     settings = (get_preset(preset).train if preset else {}) | {k: v for k, v in given.items() if v is not None} | {k: v for k, v in switches.items() if v}
     config = TrainConfig(arm=arm, seed=seed, **settings)
-    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical, verify=verify), out)
+    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical, verify=verify), out, classes)
     result = trainer.fit(resume=resume)
     if trainer.accelerator.is_main_process:
         state = 'stopped by a signal and saved' if result['stopped'] else 'done'
@@ -433,22 +439,27 @@ def slfm_evaluate(
     "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
     parts, run = all_parts(extractor), Path(samples)
     setting: dict[str, Any] = {}
-    features = lambda where, *columns: extract_features(tqdm(source_batches(where if where.endswith('.npz') else _images(where, size, *columns)), desc=f'features of {Path(where).name}', unit='batch'), extractor, parts=parts)
-    real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference, split, image_column, label_column)
-    if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
-    if (run/'checkpoints').is_dir():
+    earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',)) if against else {}
+    def opened(where: str, *columns: str): return source_batches(where if is_npz(where) else _images(where, size, *columns))
+    def features(batches, where: str): return extract_features(tqdm(batches, desc=f'features of {Path(where).name}', unit='batch'), extractor, parts=parts)
+    is_run, given = (run/'checkpoints').is_dir(), None
+    if is_run:
         _dtype(precision)
         model, path, record = load_run(run, None if step < 0 else step, _device())
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
+        sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none at all: refuses what cannot be, before the reference is read
+    else: given = opened(samples)
+    real = load_reference(reference, extractor) if is_npz(reference) else features(opened(reference, split, image_column, label_column), reference)
+    if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
+    if is_run:
         drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, f'step {record["step"]}', save, **setting)
         if not processes().is_main_process: return
         setting |= {'seed': seed, 'checkpoint': record['step']}
-    else: drawn = features(samples)
+    else: drawn = features(given, samples)
     figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
-    figures['protocol']['resize'] = f'{"none" if setting or samples.endswith(".npz") else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
+    figures['protocol']['resize'] = f'{"none" if setting or is_npz(samples) else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
     if against:
-        try: apart = differences(figures['protocol'], json.loads(Path(against).read_text())['protocol'])
-        except (json.JSONDecodeError, KeyError) as e: raise ValueError(f'{against} is no result of slfm_evaluate') from e
+        apart = differences(figures['protocol'], earlier['protocol'])
         if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)
     if out: write_json(out, figures)
     print(json.dumps(figures, indent=1))
@@ -647,7 +658,7 @@ def bench_tokenizer(
     tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
     order = torch.arange(count) % len(source)
     batches = [x for x, _ in source.batches(batch_size, order)]
-    if not batches: raise ValueError(f'{images} gave no readable image')
+    if not batches: raise ValueError(f'{images} gave no readable image: give another source')
     def bare():
         for x in batches: tok.autoencoder.encode(x.to(_device()))
     analyze = lambda: analyze_tokens(tok, source, count, order=order, batch_size=batch_size, progress=False)

@@ -298,7 +298,7 @@ def score_features(
     for what, x in (('samples', samples), ('reference', reference)):
         if 'features' not in x: continue
         if len(x['features']) < 10: raise ValueError(f'{len(x["features"])} {what} are too few to compare distributions')
-        if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)): raise ValueError(f'features of the {what} contain NaN or Inf: the images do, or the extractor overflowed')
+        if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)): raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
     if bootstrap: check_range(2, bootstrap=bootstrap)
     stored = 'mu' in reference
     figures: dict[str, Any] = {}
@@ -381,6 +381,8 @@ def generate(
 ) -> dict: # parts of the extractor -> [N, f], and 'y' [N]; whole on every process
     "Sample, decode and extract features, on every process a share. Raises `ValueError` for an unknown way to save."
     if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
+    check_range(1, shard=shard, batch_size=batch_size, decode_size=decode_size)
+    sample(model, path, labels[:0], **options) # none at all: refuses what cannot be, before anything is written
     state, out, parts = processes(), Path(out), all_parts(extractor)
     digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
     plan = {'count': len(labels), 'labels': digest, 'extractor': extractor, 'seed': seed, 'identity': identity, 'decoder': tokenizer.identity, 'path': repr(path), 'save': save, 'shard': shard} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}

@@ -172,7 +172,7 @@ class SiT(ModelMixin, ConfigMixin):
         "A model of a published size. Raises `ValueError` for other names."
         size, _, patch = name.removeprefix('SiT-').partition('/')
         if size not in SIZES or patch not in ('1', '2', '4', '8'):
-            raise ValueError(f"unknown model {name!r}: names are SiT-SIZE/PATCH with size {', '.join(SIZES)} and patch 1, 2, 4 or 8")
+            raise ValueError(f"unknown model {name!r}: choose SiT-SIZE/PATCH with size {', '.join(SIZES)} and patch 1, 2, 4 or 8")
         width, depth, heads = SIZES[size]
         return cls(**dict(patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads) | kwargs)
 

@@ -105,7 +105,8 @@ def check_range(
 ):
     "Raise `ValueError` with one sentence for a number that is out of range, NaN or infinite."
     for name, value in numbers.items():
-        if least <= value <= most and math.isfinite(value): continue
+        if not math.isfinite(value): raise ValueError(f'{name} must be a finite number, got {value}')
+        if least <= value <= most: continue
         allowed = f'at least {least}' if most == math.inf else f'{least} to {most}'
         raise ValueError(f'{name} must be {allowed}, got {value}')
 

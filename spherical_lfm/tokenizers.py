@@ -13,6 +13,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -72,8 +73,15 @@ def write_json(
     path: str | Path, # where
     value: dict       # what
 ):
-    "Write `value` as JSON, whole or not at all."
-    with atomic_write(path) as f: f.write_text(json.dumps(value, indent=1) + '\n')
+    "Write `value` as JSON, whole or not at all. Raises `ValueError` for NaN and Inf, which JSON does not have."
+    if place := _not_finite(value): raise ValueError(f'{path} is not written: {place} is NaN or infinite, so something went wrong before; look at the images and the weights')
+    with atomic_write(path) as f: f.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
+
+def _not_finite(value: Any, at: str = 'the value') -> str | None:
+    "Where a nested value holds a number that is none."
+    if isinstance(value, float) and not math.isfinite(value): return at
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next((place for k, v in inside if (place := _not_finite(v, str(k)))), None)
 
 # %% ../nbs/02_tokenizers.ipynb #b7043995
 def read_json(

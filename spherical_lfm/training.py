@@ -145,7 +145,7 @@ class Trainer(ResumableRun):
         self.config, self.data, self.out, self.path, self.name = config, data, Path(out), arm_path(config.arm, config.project_velocity), config.arm
         if data.spherical != self.path.spherical: raise ValueError(f'arm {config.arm} needs LatentDataset(..., spherical={self.path.spherical})')
         classes = classes or data.classes
-        if data.y.min() < 0 or data.classes > classes: raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are 0 to {classes - 1}')
+        if data.y.min() < 0 or data.classes > classes: raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are 0 to {classes - 1}: give more classes, or encode other labels')
         d, h, w = data.index['shape']
         if h != w: raise ValueError(f'SiT takes square latents, got {h} x {w}')
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
