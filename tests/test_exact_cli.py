@@ -124,8 +124,9 @@ def test_options_of_probing_and_analysing(monkeypatch, tmp_path):
     probe = Recorder(monkeypatch, cli, 'probe_study', stop)
     with pytest.raises(Stop): cli.slfm_probe(['digits', 'digits', *words(dict(out=str(tmp_path/'p'), size=16, count=30, neighbours='any', distances='pixel', sensitivity_count=9, batch_size=5, seed=2))])
     given = probe.calls[0]
-    assert {k: given[k] for k in ('count', 'neighbours', 'distances', 'sensitivity_count', 'batch_size', 'seed')} == dict(
-        count=30, neighbours='any', distances='pixel', sensitivity_count=9, batch_size=5, seed=2)
+    assert {k: given[k] for k in ('count', 'neighbours', 'sensitivity_count', 'batch_size', 'seed')} == dict(
+        count=30, neighbours='any', sensitivity_count=9, batch_size=5, seed=2)
+    assert list(given['distances'][0]) == ['pixel']
     analyze = Recorder(monkeypatch, cli, 'analyze_study', stop)
     with pytest.raises(Stop): cli.slfm_analyze(['digits', 'digits', *words(dict(out=str(tmp_path/'a'), size=16, count=30, name='mine', statistics='measure', pack=2, batch_size=5, seed=2))])
     given = analyze.calls[0]
