@@ -8,15 +8,20 @@ __all__ = ['command', 'slfm_compare', 'slfm_demo', 'slfm_encode', 'slfm_analyze'
            'bench_train', 'bench_sample', 'bench_loader', 'bench_fidelity', 'bench_tokenizer', 'slfm_bench']
 
 # %% ../nbs/12_cli.ipynb #03069e57
+import dis
+import errno
 import functools
+import inspect
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,30 +36,97 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import compare, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
-from .fidelity import all_parts, differences, extract_features, feature_function, generate, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
+from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
+from .fidelity import all_parts, differences, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
+from .probes import find_partners, get_distances
 from .sampling import METHODS, SphericalSiTPipeline, load_run, sample, tokenizer_for
 from .sit import SiT
-from .sphere import project
-from .tokenizers import atomic_write, load_tokenizer, save_grid, write_json
+from .sphere import check_range, project
+from .tokenizers import atomic_write, load_tokenizer, read_json, save_grid, write_json
 from .training import TrainConfig, Trainer, flow_loss, matmul_peak, model_flops
 
 # %% ../nbs/12_cli.ipynb #133a0885
+#: What a machine refuses for reasons of its own, whoever asks.
+_REFUSED = {
+    errno.ENOSPC: 'free some space',
+    errno.EDQUOT: 'free some space',
+    errno.EROFS: 'choose another place',
+    errno.EACCES: 'choose a place that you may use',
+    errno.EPERM: 'choose a place that you may use',
+}
+
+def _is_ours(error: BaseException, package: str) -> bool:
+    "Whether a `raise` statement of this package raised an error."
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None: at = at.tb_next
+    if at is None: return False
+    module = at.tb_frame.f_globals.get('__name__', '').partition('.')[0]
+    return module in ('spherical_lfm', package) and at.tb_frame.f_code.co_code[at.tb_lasti] == dis.opmap['RAISE_VARARGS']
+
+def _sentence(error: Exception, package: str) -> str | None:
+    "What to tell the user of an error; None for a bug."
+    if isinstance(error, (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)) and _is_ours(error, package): return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and 'allocate memory' in str(error):
+        return 'not enough memory: lower the batch size, the size or the count'
+    if isinstance(error, OSError) and error.errno in _REFUSED: return f'{error.filename or "a file"}: {error.strerror}; {_REFUSED[error.errno]}'
+    return None
+
+# %% ../nbs/12_cli.ipynb #52685f01
+#: The range of options by their names.
+_RANGES = {
+    (1, math.inf): 'size count sensitivity_count held_out_count steps samples batch_size shard_size pack side rounds log_every checkpoint_every accumulate classes',
+    (2, math.inf): 'bootstrap',
+    (0, math.inf): 'warmup keep discriminator_start max_grad_norm',
+    (0, 1): 'label_dropout ema_decay',
+    (-1, math.inf): 'label negative step',
+    (-1, 2**31 - 1): 'seed',
+}
+
+def _arguments(work: Callable, argv: list[str] | None) -> dict:
+    "The arguments of a command, with 'debug'; ends with one sentence on those that cannot be."
+    def refuse(message: str): sys.exit(f'{work.__name__}: {message}; see {work.__name__} --help')
+    parser = anno_parser(work, prog=work.__name__)
+    parser.add_argument('--debug', action='store_true', help='show where an error comes from: the whole traceback, and warnings of libraries')
+    parser.error = refuse # type: ignore[method-assign,assignment]
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
+    defaults = {k: p.default for k, p in inspect.signature(work).parameters.items()} | {'debug': False}
+    numbers = {k: v for k, v in given.items() if isinstance(v, (int, float)) and v != defaults[k]}
+    try:
+        for (least, most), names in _RANGES.items(): check_range(least, most, **{k: numbers[k] for k in names.split() if k in numbers})
+        check_range(-math.inf, **numbers)
+    except ValueError as e: refuse(str(e))
+    return given
+
+@contextmanager
+def _own_warnings(name: str, debug: bool) -> Iterator[None]:
+    "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only where they are asked for."
+    def tell(message, category, filename, lineno, file=None, line=None): print(f'{name}: {message}', file=sys.stderr)
+    with warnings.catch_warnings():
+        if not (debug or sys.warnoptions):
+            warnings.simplefilter('ignore')
+            warnings.filterwarnings('always', module='spherical_lfm')
+            warnings.showwarning = tell
+        yield
+
+# %% ../nbs/12_cli.ipynb #8fd15e37
 def command(
     work: Callable # a function with documented parameters
 ) -> Callable: # takes a list of arguments; None means those of the process
-    "Turn a function into a command: parse arguments, run, and end with one sentence and exit code 1 on an error the user can mend."
+    "Turn a function into a command: parse and check arguments, run, and end with one sentence and exit code 1 on an error the user can mend. A bug keeps its traceback."
     @functools.wraps(work)
     def run(argv: list[str] | None = None):
-        given = vars(anno_parser(work, prog=work.__name__).parse_args(argv))
-        warnings.filterwarnings('ignore', category=FutureWarning)
-        try: work(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
-        except InterruptedError as e: print(e, file=sys.stderr)
-        except torch.OutOfMemoryError as e: sys.exit(f'{work.__name__}: {e if "step" in str(e) else "not enough memory on the device: lower the batch size"}')
-        except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{work.__name__}: {e}')
+        given = _arguments(work, argv)
+        debug = given.pop('debug')
+        try:
+            with _own_warnings(work.__name__, debug): work(**given)
         except KeyboardInterrupt: sys.exit(130)
+        except InterruptedError as e: print(e, file=sys.stderr)
+        except Exception as e:
+            sentence = None if debug else _sentence(e, work.__module__.partition('.')[0])
+            if sentence is None: raise
+            sys.exit(f'{work.__name__}: {sentence}')
     return run
 
 # %% ../nbs/12_cli.ipynb #ef8e00a5
@@ -205,8 +277,10 @@ def slfm_probe(
 ):
     "Does this decoder read direction? Exchange lengths and directions between images, scale and rotate tokens, decode, and measure; numbers with 95 % intervals, figures and an example strip."
     source = _images(images, size, split, image_column, label_column)
+    if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
+    judges = get_distances(distances)
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
-    result = probe_study(tok, source, out, count, neighbours, distances, sensitivity_count, batch_size, seed)
+    result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
     for k, found in result['summary'].items():
         print(f'{k}: direction matters {found["direction_over_radius"][0]:.1f} times as much as radius, 95 % interval [{found["direction_over_radius"][1]:.1f}, {found["direction_over_radius"][2]:.1f}]')
         for swap, (mean, low, high) in found['mean'].items(): print(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
@@ -243,13 +317,15 @@ def slfm_finetune(
     "Finetune a decoder for the sphere, and its control; also under `accelerate launch`. Ends with a table of reconstructions, evaluation.json, strip.png, and a diffusers folder `ARM/tokenizer` each."
     config = FinetuneConfig(steps=steps, batch_size=batch_size, lr=lr, perceptual=perceptual, discriminator_start=discriminator_start, precision=precision,
                             flip=not no_flip, seed=seed, log_every=log_every, checkpoint_every=checkpoint_every)
+    wanted = tuple(a.strip() for a in arms.split(','))
+    check_finetune(wanted, extractor)
     source, test = _images(images, size, split, image_column, label_column), None
     if held_out:
         other = _images(held_out, size, held_out_split or ('test' if held_out == 'digits' else ''), image_column, label_column)
         if other.content == source.content: raise ValueError(f'{held_out} holds the very images to finetune on: give others with --held_out or --held_out_split')
         test = torch.stack([x for x, _ in other.stream(other.shuffled(seed), held_out_count)])
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
-    result = finetune_study(tok, source, out, config, tuple(a.strip() for a in arms.split(',')), test, extractor)
+    result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if not result: return
     figures = [k for k in next(iter(result['pipelines'].values())) if k != 'count']
     print(f'{"":>34}' + ''.join(f'{k:>26}' for k in figures))
@@ -279,6 +355,7 @@ def slfm_train(
     accumulate: int = None,        # parts into which a process cuts its share of the batch: less memory
     checkpointing: bool = False,   # recompute activations: less memory, a third more time
     parallel: str = None,          # several processes: ddp or fsdp
+    classes: int = None,           # number of classes; left out, those that the images' source named
     seed: int = 0,                 # of initialisation and every draw
     log_every: int = None,         # steps between lines of log.jsonl
     checkpoint_every: int = None,  # steps between checkpoints
@@ -293,7 +370,7 @@ def slfm_train(
     switches = dict(jacobi=jacobi, compile=compile, checkpointing=checkpointing, tensorboard=tensorboard)
     settings = (get_preset(preset).train if preset else {}) | {k: v for k, v in given.items() if v is not None} | {k: v for k, v in switches.items() if v}
     config = TrainConfig(arm=arm, seed=seed, **settings)
-    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical, verify=verify), out)
+    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical, verify=verify), out, classes)
     result = trainer.fit(resume=resume)
     if trainer.accelerator.is_main_process:
         state = 'stopped by a signal and saved' if result['stopped'] else 'done'
@@ -362,22 +439,27 @@ def slfm_evaluate(
     "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
     parts, run = all_parts(extractor), Path(samples)
     setting: dict[str, Any] = {}
-    features = lambda where, *columns: extract_features(tqdm(source_batches(where if where.endswith('.npz') else _images(where, size, *columns)), desc=f'features of {Path(where).name}', unit='batch'), extractor, parts=parts)
-    real = load_reference(reference, extractor) if reference.endswith('.npz') else features(reference, split, image_column, label_column)
-    if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
-    if (run/'checkpoints').is_dir():
+    earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',)) if against else {}
+    def opened(where: str, *columns: str): return source_batches(where if is_npz(where) else _images(where, size, *columns))
+    def features(batches, where: str): return extract_features(tqdm(batches, desc=f'features of {Path(where).name}', unit='batch'), extractor, parts=parts)
+    is_run, given = (run/'checkpoints').is_dir(), None
+    if is_run:
         _dtype(precision)
         model, path, record = load_run(run, None if step < 0 else step, _device())
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
+        sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none at all: refuses what cannot be, before the reference is read
+    else: given = opened(samples)
+    real = load_reference(reference, extractor) if is_npz(reference) else features(opened(reference, split, image_column, label_column), reference)
+    if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
+    if is_run:
         drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, f'step {record["step"]}', save, **setting)
         if not processes().is_main_process: return
         setting |= {'seed': seed, 'checkpoint': record['step']}
-    else: drawn = features(samples)
+    else: drawn = features(given, samples)
     figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
-    figures['protocol']['resize'] = f'{"none" if setting or samples.endswith(".npz") else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
+    figures['protocol']['resize'] = f'{"none" if setting or is_npz(samples) else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
     if against:
-        try: apart = differences(figures['protocol'], json.loads(Path(against).read_text())['protocol'])
-        except (json.JSONDecodeError, KeyError) as e: raise ValueError(f'{against} is no result of slfm_evaluate') from e
+        apart = differences(figures['protocol'], earlier['protocol'])
         if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)
     if out: write_json(out, figures)
     print(json.dumps(figures, indent=1))
@@ -576,7 +658,7 @@ def bench_tokenizer(
     tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
     order = torch.arange(count) % len(source)
     batches = [x for x, _ in source.batches(batch_size, order)]
-    if not batches: raise ValueError(f'{images} gave no readable image')
+    if not batches: raise ValueError(f'{images} gave no readable image: give another source')
     def bare():
         for x in batches: tok.autoencoder.encode(x.to(_device()))
     analyze = lambda: analyze_tokens(tok, source, count, order=order, batch_size=batch_size, progress=False)

@@ -32,7 +32,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .probes import efficientnet_distance, lpips_distance
-from .tokenizers import Tokenizer, atomic_write, psnr, save_grid, write_json
+from .sphere import check_range
+from .tokenizers import Tokenizer, atomic_write, psnr, read_json, save_grid, write_json
 
 # %% ../nbs/04_decoder.ipynb #e3c74b07
 class PatchDiscriminator(nn.Sequential):
@@ -128,7 +129,7 @@ def checkpoints(
     run: str | Path # a run folder
 ) -> list[Path]: # complete checkpoints, oldest first
     "Checkpoint folders of a run."
-    return sorted((Path(run)/'checkpoints').glob('step-*'))
+    return sorted(f for f in (Path(run)/'checkpoints').glob('step-*') if f.name.removeprefix('step-').isdecimal())
 
 def seal(
     folder: Path, # a checkpoint that is being written
@@ -275,8 +276,8 @@ class ResumableRun:
 
     def _state(self, folder: Path) -> dict:
         "The state.json of a checkpoint, after checking that it belongs to this run."
-        try: saved = json.loads((folder/'state.json').read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as e: raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged') from e
+        try: saved = read_json(folder/'state.json', 'checkpoint', 'give a folder step-... of checkpoints', ('config', 'step'))
+        except (FileNotFoundError, ValueError) as e: raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged; give a folder step-... of checkpoints') from e
         differ = [f'{k}: {saved["config"].get(k)} -> {v}' for k, v in self.info['config'].items() if k not in self.free and saved['config'].get(k) != v]
         differ += [f'{k}: {saved.get(k)} -> {v}' for k, v in self.info.items() if k != 'config' and saved.get(k) != v]
         if differ: raise ValueError(f'cannot resume {folder} with changed settings ({"; ".join(differ)}): use another output folder or the old settings')
@@ -336,6 +337,7 @@ class ResumableRun:
 
     def _log(self, row: dict):
         if not self.accelerator.is_main_process: return
+        row = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()} # JSON has no NaN
         with open(self.out/'log.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
         for k, v in row.items() if self._board else ():
             if v is not None: self._board.add_scalar(k, v, row['step'])
@@ -376,8 +378,10 @@ class FinetuneConfig:
         self.betas = tuple(self.betas)
         for field, allowed in (('precision', ('float32', 'bf16')), ('perceptual', ('lpips', 'efficientnet', 'none'))):
             if getattr(self, field) not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {getattr(self, field)!r}')
-        for field in ('steps', 'batch_size', 'log_every', 'checkpoint_every'):
-            if getattr(self, field) < 1: raise ValueError(f'{field} must be at least 1, got {getattr(self, field)}')
+        check_range(1, **{k: getattr(self, k) for k in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers')})
+        check_range(0, **{k: getattr(self, k) for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
+        check_range(0, 1, ema_decay=self.ema_decay)
+        check_range(1e-12, lr=self.lr)
 
 # %% ../nbs/04_decoder.ipynb #12077a64
 def _perceptual(name: str) -> Callable | None:
@@ -502,7 +506,7 @@ class DecoderTrainer(ResumableRun):
                 seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
             now = self.finetuned()
             recon = torch.cat([now.decode(now.encode(x.to(self.accelerator.device))).cpu() for x in self.held_out.split(16)])
-            self._log({'step': self.step, 'loss': self.log()[-1]['loss'] if self.log() else math.nan, 'held_out_psnr': psnr(recon, self.held_out).mean().item()})
+            self._log({'step': self.step, 'loss': self.log()[-1]['loss'] if self.log() else None, 'held_out_psnr': psnr(recon, self.held_out).mean().item()})
             save_grid(torch.cat([self.held_out[:8], self._before, recon[:8]]), self.out/'strips'/f'step-{self.step:08d}.png', columns=min(8, len(self.held_out)))
         self.accelerator.wait_for_everyone()
         return folder

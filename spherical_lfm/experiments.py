@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environme
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
            'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
            'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
-           'starting_tokenizer']
+           'check_finetune', 'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes
+from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from .fidelity import EXTRACTORS, all_parts, evaluate, extract_features, feature_function, generate, protocol_of, score_features
 from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
@@ -41,8 +41,8 @@ from .probes import (efficientnet_distance, find_partners, get_distances, plot_r
                                   sensitivity, summarise_swaps, swap_strip)
 from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
-from .sphere import project
-from .tokenizers import DATA, Tokenizer, atomic_write, channel_rows, digits_images, load_tokenizer, save_grid, show_images, standardise, write_json
+from .sphere import check_range, project
+from .tokenizers import DATA, Tokenizer, atomic_write, channel_rows, digits_images, load_tokenizer, read_json, save_grid, show_images, standardise, write_json
 from .training import TrainConfig, Trainer, checkpoints
 
 # %% ../nbs/11_experiments.ipynb #85b8367a
@@ -522,6 +522,8 @@ def analyze_tokens(
     progress: bool = True       # show a progress bar
 ) -> tuple[Tokenizer, TokenStatistics, TokenStatistics]: # the tokenizer in its flow coordinates; raw and processed tokens
     "Token lengths and path geometry over a stream of images, each encoded once, on every process of `torch.distributed` a share; memory does not grow with `limit`. Raises `ValueError` if no image can be read."
+    check_range(1, limit=limit, batch_size=batch_size, pack=pack, hold=hold)
+    tokenizer.latent_shape(source.size, source.size)
     state = processes()
     rank, world = state.process_index, state.num_processes
     order = source.shuffled(seed) if order is None else order
@@ -529,7 +531,7 @@ def analyze_tokens(
     elif world > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
     measured = wants_statistics(tokenizer, statistics)
     share = lambda n: -(-n//world)
-    unreadable = lambda: ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
+    unreadable = lambda: ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
     moments, processed = None, None
     held: list[Tensor] = []
     raw = TokenStatistics(tokenizer.raw_channels)
@@ -578,13 +580,14 @@ def analyze_study(
     "Is this latent space a sphere? Writes analysis.json, table.csv, and geometry.png and .svg, whole or not at all."
     import matplotlib.pyplot as plt
     import pandas as pd
-    tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
     out, name = Path(out), name or tokenizer.name
+    earlier = read_json(out/'analysis.json', 'table of slfm_analyze', 'use another output folder') if (out/'analysis.json').exists() else {}
+    tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
     if not processes().is_main_process: return {}
     both = {'raw': raw.summary(), 'processed': processed.summary()}
     protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,
                 'images': source.understood, 'image_size': source.size, 'skipped': len(source.skipped), 'skipped_first': source.skipped[:10]}
-    found = json.loads((out/'analysis.json').read_text()) if (out/'analysis.json').exists() else {}
+    found = earlier
     found[name] = {'row': geometry_row(name, both['raw'], both['processed']), **both, 'protocol': protocol, 'environment': environment([options.get('seed', 0)])}
     write_json(out/'analysis.json', found)
     with atomic_write(out/'table.csv') as f: pd.DataFrame([r['row'] for r in found.values()]).to_csv(f, index=False)
@@ -613,7 +616,7 @@ def probe_study(
     out: str | Path,               # output folder
     count: int = 1024,             # anchors
     neighbours: str = 'class',     # partners: 'class' (another image of the same class) or 'any'
-    distances: str = 'auto',       # comma-separated keys of `DISTANCES`, or 'auto'
+    distances: Any = 'auto',       # comma-separated keys of `DISTANCES`, 'auto', or what `get_distances` made of them
     sensitivity_count: int = 256,  # images for sensitivity and layers of length
     batch_size: int = 32,          # images at a time
     seed: int = 0,                 # of images, partners and directions
@@ -622,13 +625,14 @@ def probe_study(
     "Does this decoder read direction? Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner."
     import matplotlib.pyplot as plt
     out, where = Path(out), next(tokenizer.parameters()).device
-    judges, missing = get_distances(distances)
+    check_range(1, count=count, sensitivity_count=sensitivity_count, batch_size=batch_size)
+    judges, missing = get_distances(distances) if isinstance(distances, str) else distances
     encoded, classes = [], []
     bar = tqdm(source.batches(batch_size, source.shuffled(seed), count), desc=f'encoding with {tokenizer.name}', unit='batch', disable=not progress)
     for x, labels in bar:
         encoded.append(tokenizer.encode(x.to(where)).cpu())
         classes.append(labels)
-    if not encoded: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
+    if not encoded: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
     z, y = torch.cat(encoded), torch.cat(classes)
     anchors, partner = find_partners(y, torch.Generator().manual_seed(seed), neighbours)
     swaps = probe_swaps(tokenizer, z, anchors, partner, judges, batch_size, progress)
@@ -661,8 +665,7 @@ def finetune_study(
     progress: bool = True                   # show progress bars
 ) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
     "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises `ValueError` for unknown arms, and what `finetune_decoder` raises."
-    unknown = set(arms) - {'spherical', 'control'}
-    if unknown or not arms: raise ValueError(f'arms must be among spherical and control, got {", ".join(arms) or "none"}')
+    check_finetune(arms, extractor)
     out, config = Path(out), config or FinetuneConfig()
     seen = held_out is None
     if held_out is None: held_out = images[:64] if torch.is_tensor(images) else torch.stack([x for x, _ in images.stream(limit=64)])
@@ -693,6 +696,14 @@ def finetune_study(
     save_grid(torch.cat([held_out[:12], *rows]), out/'strip.png', columns=min(12, len(held_out)))
     return result
 
+def check_finetune(
+    arms: tuple,   # which decoders
+    extractor: str # features for rFID
+):
+    "Raise `ValueError` for arms and features that `finetune_study` does not know."
+    if set(arms) - {'spherical', 'control'} or not arms: raise ValueError(f'arms must be among spherical and control, got {", ".join(arms) or "none"}')
+    if extractor not in ('auto', 'none', *EXTRACTORS): raise ValueError(f'unknown extractor {extractor!r}: choose auto, none or one of {", ".join(EXTRACTORS)}')
+
 def starting_tokenizer(
     name_or_path: str,       # as for `load_tokenizer`
     source: ImageSource,     # images to measure statistics on
@@ -702,7 +713,8 @@ def starting_tokenizer(
 ) -> Tokenizer: # vanilla
     "The tokenizer that a study starts from, kept in `out`/start so that a study that goes on uses the very same statistics. Raises `ValueError` if what is kept there has other weights."
     folder, tokenizer = Path(out)/'start', load_tokenizer(name_or_path, spherical=False, device=device)
-    if folder.exists():
+    tokenizer.latent_shape(source.size, source.size)
+    if told_by_main(folder.exists()):
         kept = load_tokenizer(folder, device=device)
         plain = lambda t: Tokenizer(t.autoencoder).identity
         if plain(kept) != plain(tokenizer): raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')

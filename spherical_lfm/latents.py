@@ -44,8 +44,8 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import DataOrder, ReadAhead, seeded_generator
-from .sphere import check_tokens, project
-from .tokenizers import Tokenizer, atomic_write, digits_images, measure_statistics, standardise, write_json
+from .sphere import check_range, check_tokens, project
+from .tokenizers import Tokenizer, atomic_write, digits_images, measure_statistics, read_json, standardise, write_json
 
 # %% ../nbs/06_latents.ipynb #671b37fd
 def _grey(
@@ -161,7 +161,7 @@ def list_folder(
     paths, skipped = walk_images(root)
     if not paths:
         others = f' ({sum(skipped.values())} other files: {_counts(skipped)})' if skipped else ''
-        raise FileNotFoundError(f'folder {root} holds no images{others}')
+        raise FileNotFoundError(f'folder {root} holds no images{others}: give another folder')
     tops: dict[str, list] = {}
     for p in paths:
         if len(Path(p).parts) > 1: tops.setdefault(Path(p).parts[0], []).append(p)
@@ -613,6 +613,8 @@ def encode_latents(
     "Encode a source into latent shards, on every process a share, keeping shards that an earlier call finished. Raises `ValueError` if there is no image, `OSError` if the folder cannot be written; an old cache stays until the new one is complete."
     for what, value in (('dtype', dtype), ('precision', precision)):
         if value not in DTYPES: raise ValueError(f'{what} must be float32 or bf16, got {value!r}')
+    check_range(1, batch_size=batch_size, shard_size=shard_size)
+    tokenizer.latent_shape(source.size, source.size)
     state, out = processes(), Path(out)
     part = out.parent/f'.{out.name}.partial'
     numbers = _numbers(source, order)
@@ -690,7 +692,7 @@ def _finish(part: Path, out: Path, plan: dict, source: ImageSource):
     shards, source.skipped = [n for n in notes if n['count']], [s for n in notes for s in n['skipped']]
     if not shards:
         shutil.rmtree(part)
-        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
+        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
     keys = ('file', 'count', 'bytes', 'sha256')
     write_json(part/'index.json', plan | {'count': sum(n['count'] for n in shards), 'shape': shards[0]['shape'], 'source': plan['source'] | {'skipped': source.skipped}, 'shards': [{k: n[k] for k in keys} for n in shards]})
     old = out.parent/f'.{out.name}.replaced'
@@ -717,9 +719,7 @@ class LatentDataset:
         verify: bool = False                 # compare checksums (one pass over the files)
     ):
         self.folder, self.spherical = Path(folder), spherical
-        try: self.index = json.loads((self.folder/'index.json').read_text())
-        except FileNotFoundError as e: raise FileNotFoundError(f'no latents at {folder}: {self.folder/"index.json"} is missing; make them with slfm_encode') from e
-        except json.JSONDecodeError as e: raise ValueError(f'{self.folder/"index.json"} is not valid JSON: encode again') from e
+        self.index = read_json(self.folder/'index.json', f'index of latents in {folder}', 'make them with slfm_encode', ('tokenizer', 'source', 'shards', 'shape', 'count', 'flip'))
         made_by = self.index['tokenizer']
         if latent_identity not in (None, made_by['latent_identity']):
             raise ValueError(f'latents at {folder} were made by tokenizer {made_by["name"]} ({made_by["latent_identity"]}), wanted {latent_identity}: encode again or give the matching tokenizer')

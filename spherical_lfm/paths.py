@@ -183,6 +183,6 @@ def shift_time(
     t: Tensor,    # times in [0, 1]
     shift: float  # s > 0; 1 changes nothing
 ) -> Tensor: # t', same shape
-    "t' = t/(1 + (s-1)(1-t)): more time near the noise for s > 1. Raises `ValueError` unless s > 0."
-    if not shift > 0: raise ValueError(f'the time shift must be positive, got {shift}')
+    "t' = t/(1 + (s-1)(1-t)): more time near the noise for s > 1. Raises `ValueError` unless 0 < s < ∞."
+    if not 0 < shift < float('inf'): raise ValueError(f'the time shift must be positive and finite, got {shift}')
     return t/(1 + (shift - 1)*(1 - t))

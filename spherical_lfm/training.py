@@ -26,6 +26,7 @@ from .decoder import ResumableRun, checkpoints, optimizer_tensors, restore_optim
 from .latents import LatentDataset, LatentLoader, send_to
 from .paths import Path as FlowPath, arm_path, shift_time
 from .sit import SiT
+from .sphere import check_range
 from .tokenizers import atomic_write, write_json
 
 # %% ../nbs/08_training.ipynb #ae9a1d02
@@ -68,8 +69,10 @@ class TrainConfig:
         self.betas = tuple(self.betas)
         for field, allowed in (('precision', ('float32', 'bf16')), ('time_sampling', ('uniform', 'logit-normal')), ('coupling', ('independent', 'transport')), ('parallel', ('ddp', 'fsdp'))):
             if getattr(self, field) not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {getattr(self, field)!r}')
-        for field in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'accumulate', 'window'):
-            if getattr(self, field) < 1: raise ValueError(f'{field} must be at least 1, got {getattr(self, field)}')
+        check_range(1, **{k: getattr(self, k) for k in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'accumulate', 'window')})
+        check_range(0, **{k: getattr(self, k) for k in ('warmup', 'weight_decay', 'max_grad_norm', 'keep')})
+        check_range(0, 1, label_dropout=self.label_dropout, ema_decay=self.ema_decay)
+        check_range(1e-12, lr=self.lr)
         shift_time(torch.tensor(.5), self.time_shift)
 
 # %% ../nbs/08_training.ipynb #13fd2ce9
@@ -142,7 +145,7 @@ class Trainer(ResumableRun):
         self.config, self.data, self.out, self.path, self.name = config, data, Path(out), arm_path(config.arm, config.project_velocity), config.arm
         if data.spherical != self.path.spherical: raise ValueError(f'arm {config.arm} needs LatentDataset(..., spherical={self.path.spherical})')
         classes = classes or data.classes
-        if data.y.min() < 0 or data.classes > classes: raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are 0 to {classes - 1}')
+        if data.y.min() < 0 or data.classes > classes: raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are 0 to {classes - 1}: give more classes, or encode other labels')
         d, h, w = data.index['shape']
         if h != w: raise ValueError(f'SiT takes square latents, got {h} x {w}')
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -372,31 +372,6 @@ def test_one_bad_image_among_many(tmp_path):
     assert found['row']['images'] == 299 and found['protocol']['skipped_first'] == ['150.png: UnidentifiedImageError']
 
 
-@pytest.mark.parametrize('args,words', [
-    (['slfm_analyze', 'digits', '{}/empty', '--size', '16'], 'holds no images'),
-    (['slfm_analyze', 'digits', 'digits', '--size', '0'], 'at least 1 pixel'),
-    (['slfm_analyze', 'digits', '{}/lone', '--size', '18'], 'divisible by 4'),
-    (['slfm_analyze', 'digits', '{}/broken', '--size', '16'], 'no readable image'),
-    (['slfm_analyze', 'digits', 'digits', '--precision', 'int4'], 'precision must be'),
-    (['slfm_analyze', 'digits', 'digits', '--statistics', 'some'], 'statistics must be'),
-    (['slfm_analyze', 'no-vae', 'digits'], 'neither a known tokenizer'),
-    (['slfm_analyze', 'digits', 'digits', '--out', '/proc/analysis', '--size', '16'], 'cannot write'),
-    (['slfm_probe', 'digits', '{}/lone', '--out', '{}/p', '--size', '16'], 'no class has two images'),
-    (['slfm_probe', 'digits', 'digits', '--out', '{}/p', '--distances', 'l2'], 'unknown distance'),
-    (['slfm_probe', 'digits', 'digits', '--out', '{}/p', '--distances', 'lpips-vgg'], 'LPIPS needs the ImageNet weights'),
-    (['slfm_finetune', 'digits', 'digits', '{}/f', '--size', '16', '--perceptual', 'lpips'], 'choose perceptual none or efficientnet'),
-    (['slfm_finetune', 'digits', 'digits', '{}/f', '--size', '16', '--arms', 'both'], 'arms must be among'),
-    (['slfm_finetune', 'digits', 'digits', '{}/f', '--steps', '0'], 'steps must be at least 1'),
-])
-def test_mistakes_get_one_sentence(args, words, tmp_path, monkeypatch):
-    from spherical_lfm import cli
-    for name in ('empty', 'lone', 'broken'): (tmp_path/name/'class').mkdir(parents=True)
-    Image.new('RGB', (20, 20), 'red').save(tmp_path/'lone'/'class'/'x.png')
-    (tmp_path/'broken'/'class'/'x.png').write_text('no')
-    for k, v in (('TORCH_HOME', str(tmp_path)), ('HTTPS_PROXY', 'http://127.0.0.1:9'), ('https_proxy', 'http://127.0.0.1:9')): monkeypatch.setenv(k, v)
-    with pytest.raises(SystemExit, match=words): getattr(cli, args[0])([a.format(tmp_path) for a in args[1:]])
-
-
 def test_partners_where_one_class_is_alone(zoo, tmp_path):
     (zoo/'c').mkdir()
     Image.new('RGB', (30, 30), 'green').save(zoo/'c'/'alone.png')
