@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
+from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, readable, starting_tokenizer
 from .fidelity import all_parts, differences, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
@@ -323,7 +323,7 @@ def slfm_finetune(
     if held_out:
         other = _images(held_out, size, held_out_split or ('test' if held_out == 'digits' else ''), image_column, label_column)
         if other.content == source.content: raise ValueError(f'{held_out} holds the very images to finetune on: give others with --held_out or --held_out_split')
-        test = torch.stack([x for x, _ in other.stream(other.shuffled(seed), held_out_count)])
+        test = readable(other, held_out_count, other.shuffled(seed))
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
     result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if not result: return

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -287,7 +288,8 @@ class ResumableRun:
     def _whole(self, folder: Path):
         "Turn what a damaged checkpoint raises into one sentence."
         try: yield
-        except Exception as e: raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): remove it to resume from the one before') from e
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+            raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): remove it to resume from the one before') from e
 
     @contextmanager
     def _memory(self):

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environme
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
            'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
            'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
-           'check_finetune', 'starting_tokenizer']
+           'readable', 'check_finetune', 'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
@@ -668,7 +668,7 @@ def finetune_study(
     check_finetune(arms, extractor)
     out, config = Path(out), config or FinetuneConfig()
     seen = held_out is None
-    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else torch.stack([x for x, _ in images.stream(limit=64)])
+    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
     variant = lambda spherical: Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
     pipelines = {'original': variant(False), 'original, projected': variant(True)}
     for arm in arms:
@@ -695,6 +695,16 @@ def finetune_study(
     with torch.no_grad(): rows = [t.decode(t.encode(held_out[:12].to(next(t.parameters()).device))).cpu() for t in pipelines.values()]
     save_grid(torch.cat([held_out[:12], *rows]), out/'strip.png', columns=min(12, len(held_out)))
     return result
+
+def readable(
+    source: ImageSource,         # images
+    limit: int,                  # how many at most
+    order: Tensor | None = None  # as for `ImageSource.stream`
+) -> Tensor: # [n, 3, H, W] in [-1, 1]
+    "Some images of a source as one tensor. Raises `ValueError` if none can be read."
+    found = [x for x, _ in source.stream(order, limit)]
+    if not found: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
+    return torch.stack(found)
 
 def check_finetune(
     arms: tuple,   # which decoders

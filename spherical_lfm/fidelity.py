@@ -39,7 +39,7 @@ from .concentration import processes
 from .decoder import frechet_distance
 from .latents import ImageSource
 from .paths import Path as FlowPath
-from .probes import efficientnet_lite0, load_digit_features
+from .probes import cached_weights, efficientnet_lite0, load_digit_features
 from .sampling import sample
 from .sphere import check_range
 from .tokenizers import Tokenizer, atomic_write, to_uint8, write_json
@@ -137,22 +137,13 @@ def _extractor(name: str) -> Extractor:
     if name not in EXTRACTORS: raise ValueError(f'unknown extractor {name!r}: choose one of {", ".join(EXTRACTORS)}')
     return EXTRACTORS[name]
 
-def _reach(name: str, work: Callable):
-    "Run `work`, turning weights of Inception that cannot be had into one sentence with the reason."
-    try: return work()
-    except Exception as e:
-        if name != 'inception' or isinstance(e, (torch.OutOfMemoryError, ConnectionError)): raise
-        file = Path(torch.hub.get_dir())/'checkpoints'/Path(URL_INCEPTION_V3).name
-        if file.is_file(): raise ValueError(f'the Inception weights in {file} are damaged or foreign ({type(e).__name__}): remove this file, and they are downloaded again') from e
-        if not isinstance(e, (OSError, RuntimeError)): raise
-        advice = 'connect to the network once'
-        if isinstance(e, OSError) and e.filename: advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
-        raise ConnectionError(f'the Inception weights could not be loaded ({e}): {advice}, or choose another extractor') from e
-
 def _network(extractor: str, parts: tuple) -> Callable:
     "Images as uint8 -> tuple of layers."
     e = _extractor(extractor)
-    return _reach(extractor, lambda: create_feature_extractor(e.registry, [getattr(e, p) for p in parts], cuda=torch.cuda.is_available(), verbose=False))
+    layers = [getattr(e, p) for p in parts]
+    def load(): return create_feature_extractor(e.registry, layers, cuda=torch.cuda.is_available(), verbose=False)
+    if extractor != 'inception': return load()
+    return cached_weights(load, 'the Inception weights', URL_INCEPTION_V3, 'choose another extractor')
 
 def _check_side(extractor: str, images: Tensor):
     "Refuse images of a size that an extractor does not take."

@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -290,7 +291,8 @@ def load_run(
     try:
         record = json.loads((folder/'state.json').read_text())
         model = SiT.from_pretrained(folder/'ema')
-    except Exception as e: raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+        raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
     return model.to(device).eval().requires_grad_(False), arm_path(record['config']['arm'], record['config'].get('project_velocity', True)), record
 
 def tokenizer_for(

@@ -21,6 +21,7 @@ from spherical_lfm.decoder import FinetuneConfig
 from spherical_lfm.fidelity import feature_function, load_reference, npz_batches, score_features, source_batches, to_uint8
 from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.paths import SlerpPath, shift_time
+from spherical_lfm.probes import lpips_distance, semantic_features
 from spherical_lfm.sampling import FlowScheduler, SphericalSiTPipeline, load_run, sample
 from spherical_lfm.sit import SiT
 from spherical_lfm.tokenizers import digits_images, load_tokenizer, open_tensors, read_json, write_json
@@ -169,6 +170,8 @@ COMMANDS = [
     (['slfm_analyze', 'digits', 'empty', '--size', '16'], 'holds no images'),
     (['slfm_analyze', 'digits', 'lone', '--size', '18'], 'divisible by 4'),
     (['slfm_analyze', 'digits', 'broken', '--size', '16'], 'no readable image'),
+    (['slfm_encode', 'digits', 'broken', 'new', '--size', '16'], 'no readable image'),
+    (['slfm_finetune', 'digits', 'digits', 'new', '--size', '16', '--held_out', 'broken'], 'broken gave no readable image'),
     (['slfm_analyze', 'no-vae', 'digits'], 'neither a known tokenizer'),
     (['slfm_analyze', 'digits', 'digits', '--out', '/proc/analysis', '--size', '16', '--count', '32'], 'cannot write'),
     (['slfm_sample', 'run', '/proc/images', '--count', '2', '--steps', '1'], 'cannot write'),
@@ -434,13 +437,23 @@ def test_inception_without_its_weights(weights, words, place, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize('argv,words', [
-    (['slfm_probe', 'digits', 'digits', '--distances', 'lpips-vgg'], 'LPIPS needs the ImageNet weights.*choose another distance'),
+    (['slfm_probe', 'digits', 'digits', '--distances', 'lpips-vgg'], 'weights of vgg that LPIPS needs could not be loaded.*choose another distance'),
     (['slfm_finetune', 'digits', 'digits', 'new', '--size', '16'], 'choose perceptual none or efficientnet'),
 ])
 def test_perceptual_weights_that_cannot_be_had(argv, words, tmp_path, monkeypatch):
     for k, v in (('TORCH_HOME', str(tmp_path)), ('HTTPS_PROXY', 'http://127.0.0.1:9'), ('https_proxy', 'http://127.0.0.1:9')): monkeypatch.setenv(k, v)
     monkeypatch.chdir(tmp_path)
     assert re.search(words, refused(argv))
+
+
+def test_damaged_weights_of_lpips_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    file = tmp_path/'hub'/'checkpoints'/'alexnet-owt-7be5be79.pth'
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b'PK cut off')
+    with pytest.raises(ValueError, match='alexnet-owt-7be5be79.pth are damaged .*: remove this file'): lpips_distance('alex')
+    (tmp_path/'vit.safetensors').write_bytes(b'noise')
+    with pytest.raises(ValueError, match='vit.safetensors holds no weights of DINOv2'): semantic_features('dinov2', tmp_path/'vit.safetensors')
 
 
 def test_classes_of_a_set_without_its_last_one(place, tmp_path, monkeypatch):
