@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PATH_NAMES', 'chi_mean', 'chi_variance', 'shell_tail_bound', 'norm_stats', 'RunningMoments', 'processes',
-           'merge_over_processes', 'plot_norms', 'path_norms', 'radial_share', 'chord_radial_share', 'chord_excursion',
-           'isotropic_pair', 'pair_profile', 'TokenStatistics', 'path_style', 'plot_radial_share', 'plot_path_norms',
-           'geometry_row', 'plot_geometry']
+           'told_by_main', 'merge_over_processes', 'plot_norms', 'path_norms', 'radial_share', 'chord_radial_share',
+           'chord_excursion', 'isotropic_pair', 'pair_profile', 'TokenStatistics', 'path_style', 'plot_radial_share',
+           'plot_path_norms', 'geometry_row', 'plot_geometry']
 
 # %% ../nbs/01_concentration.ipynb #1fcc3b52
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -95,6 +96,14 @@ class RunningMoments:
 def processes() -> PartialState: # `process_index`, `num_processes`, `is_main_process`, `wait_for_everyone()`
     "The processes of this job: one, or those that `accelerate launch` or `torchrun` started (on gloo without a GPU)."
     return PartialState(cpu=not torch.cuda.is_available())
+
+def told_by_main(
+    value: Any # anything that can be pickled; what the other processes give is ignored
+) -> Any: # on every process
+    "What the main process says. A question about files is asked once: processes that look for themselves may see different things, and part."
+    held = [value]
+    if processes().num_processes > 1: torch.distributed.broadcast_object_list(held)
+    return held[0]
 
 def merge_over_processes(
     part # anything with `merge`, or None where a process has seen nothing

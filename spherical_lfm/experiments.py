@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes
+from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from .fidelity import EXTRACTORS, all_parts, evaluate, extract_features, feature_function, generate, protocol_of, score_features
 from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
@@ -724,7 +724,7 @@ def starting_tokenizer(
     "The tokenizer that a study starts from, kept in `out`/start so that a study that goes on uses the very same statistics. Raises `ValueError` if what is kept there has other weights."
     folder, tokenizer = Path(out)/'start', load_tokenizer(name_or_path, spherical=False, device=device)
     tokenizer.latent_shape(source.size, source.size)
-    if folder.exists():
+    if told_by_main(folder.exists()):
         kept = load_tokenizer(folder, device=device)
         plain = lambda t: Tokenizer(t.autoencoder).identity
         if plain(kept) != plain(tokenizer): raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Command, call
 from diffusers import AutoencoderKL
 
 from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig, checkpoints, finetune_decoder, reconstruction_metrics
@@ -71,9 +72,9 @@ def test_divergence_is_named(tmp_path):
 
 def test_two_processes_do_what_one_does(tmp_path):
     launch = [BIN/'torchrun', '--standalone', '--nproc_per_node', '2', '--no-python'] # accelerate starts one process where there is no GPU
-    command = lambda out: [BIN/'slfm_finetune', 'digits', 'digits', out, '--steps', '8', '--arms', 'spherical', *COMMAND]
-    for words in (command(tmp_path/'one'), launch + command(tmp_path/'two')):
-        result = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300, env=ENV)
+    command = lambda out: ['slfm_finetune', 'digits', 'digits', out, '--steps', '8', '--arms', 'spherical', *COMMAND]
+    two = [*launch, BIN/command('')[0], *command(tmp_path/'two')[1:]]
+    for result in (call(*command(tmp_path/'one')), subprocess.run([*map(str, two)], capture_output=True, text=True, timeout=300, env=ENV)):
         assert result.returncode == 0, result.stderr[-3000:]
     a, b = losses(tmp_path/'one'/'spherical'), losses(tmp_path/'two'/'spherical')
     assert len(a) == len(b) == 8
@@ -83,17 +84,17 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 def test_sigterm_saves_and_the_same_line_goes_on(tmp_path):
-    command = [str(BIN/'slfm_finetune'), 'digits', 'digits', str(tmp_path/'run'), *COMMAND, '--arms', 'spherical']
-    process = subprocess.Popen([*command, '--steps', '100000'], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = ['slfm_finetune', 'digits', 'digits', tmp_path/'run', *COMMAND, '--arms', 'spherical']
+    process = Command(*command, '--steps', 100_000)
     log = tmp_path/'run'/'spherical'/'log.jsonl'
     for _ in range(1200):
         if log.exists() and log.read_text().count('\n') > 3: break
         time.sleep(.1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and 'stopped and saved at step' in err
+    os.kill(process.pid, signal.SIGTERM)
+    result = process.wait(60)
+    assert result.returncode == 0 and 'stopped and saved at step' in result.stderr
     step = int(checkpoints(tmp_path/'run'/'spherical')[-1].name.removeprefix('step-'))
-    result = subprocess.run([*command, '--steps', str(step + 2)], capture_output=True, text=True, timeout=300, env=ENV)
+    result = call(*command, '--steps', step + 2)
     assert result.returncode == 0 and 'finetuned spherical' in result.stdout, result.stderr
 
 

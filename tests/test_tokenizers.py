@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import call
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,7 +26,7 @@ real = pytest.mark.skipif(not (SHARED/'weights').exists(), reason='needs the TAE
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
 
 
-def call(*args, **env): return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], capture_output=True, text=True, timeout=300, env=ENV | env)
+def start(*args): return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], capture_output=True, text=True, timeout=300, env=ENV)
 
 
 # --- the published autoencoders, full size ---
@@ -391,7 +392,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
 def test_two_processes_see_what_one_sees(tmp_path):
     launch = ['torchrun', '--standalone', '--nproc_per_node', 2, '--no-python', BIN/'slfm_analyze'] # accelerate starts one process where there is no GPU
     common = ['digits', 'digits', '--size', 16, '--statistics', 'measure', '--out']
-    one, two = call('slfm_analyze', *common, tmp_path/'one'), call(*launch, *common, tmp_path/'two')
+    one, two = call('slfm_analyze', *common, tmp_path/'one'), start(*launch, *common, tmp_path/'two')
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = (json.loads((tmp_path/n/'analysis.json').read_text())['digits']['row'] for n in ('one', 'two'))
     for k in ('tokens', 'images', 'raw_mean_over_sqrt_d', 'raw_cv', 'mean_over_sqrt_d', 'cv'): assert a[k] == pytest.approx(b[k], rel=1e-6), k

@@ -1,8 +1,6 @@
 """Runs as users have them: several processes, signals, full disks, changed settings."""
 import json
 import os
-import multiprocessing
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import two_processes as together
+from forked import SERVER, Command, call
 from safetensors.torch import load_file
 
 from spherical_lfm.fidelity import extract_features, score_features
@@ -24,7 +23,6 @@ from spherical_lfm.decoder import checkpoints, newest_checkpoint
 from spherical_lfm.training import TrainConfig, Trainer, model_flops
 
 BIN = Path(sys.executable).parent
-TRAIN = str(BIN/'slfm_train')
 SMALL = ['--model', 'SiT-Ti/2', '--batch_size', '16', '--log_every', '1', '--ema_decay', '0.9', '--lr', '0.002']
 CONFIG = dict(model='SiT-Ti/2', batch_size=16, log_every=1, ema_decay=.9, lr=2e-3)
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
@@ -40,7 +38,7 @@ def latents(tmp_path_factory):
 def losses(run): return [json.loads(line)['loss'] for line in (Path(run)/'log.jsonl').read_text().splitlines()]
 
 
-def train(*args, **kwargs): return subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=300, env=ENV, **kwargs)
+def launch(*args): return subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=300, env=ENV)
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +47,7 @@ def pair(latents, tmp_path_factory):
     out = tmp_path_factory.mktemp('pair')
     for arm in ('spherical-slerp', 'vanilla-linear'): together.fit(latents, out/f'one-{arm}', arm)
     together.fit(latents, out/'half-one', until=6)
-    result = train(BIN/'torchrun', '--standalone', '--nproc_per_node', 2, together.__file__, latents, out)
+    result = launch(BIN/'torchrun', '--standalone', '--nproc_per_node', 2, together.__file__, latents, out)
     assert result.returncode == 0, result.stderr[-3000:]
     together.fit(latents, out/'fsdp-half')
     return out
@@ -86,8 +84,8 @@ def test_two_processes_encode_and_sample_as_one_does(pair, latents, tmp_path):
 
 
 def test_resume_in_a_new_process_is_exact(latents, tmp_path):
-    assert train(TRAIN, latents, tmp_path/'whole', '--steps', 10, *SMALL).returncode == 0
-    for steps in (4, 10): assert train(TRAIN, latents, tmp_path/'parts', '--steps', steps, *SMALL).returncode == 0
+    assert call('slfm_train', latents, tmp_path/'whole', '--steps', 10, *SMALL).returncode == 0
+    for steps in (4, 10): assert call('slfm_train', latents, tmp_path/'parts', '--steps', steps, *SMALL).returncode == 0
     assert losses(tmp_path/'whole') == losses(tmp_path/'parts')
     a, b = (load_run(tmp_path/n)[0].state_dict() for n in ('whole', 'parts'))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -95,27 +93,26 @@ def test_resume_in_a_new_process_is_exact(latents, tmp_path):
 
 @pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_with_0(latents, tmp_path, which):
-    process = subprocess.Popen([TRAIN, str(latents), str(tmp_path/'run'), '--steps', '100000', *SMALL], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = Command('slfm_train', latents, tmp_path/'run', '--steps', 100_000, *SMALL)
     log = tmp_path/'run'/'log.jsonl'
     for _ in range(1200):
         if log.exists() and log.read_text().count('\n') > 3: break
         time.sleep(.1)
-    process.send_signal(which)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 0 and 'stopped by a signal' in out
+    os.kill(process.pid, which)
+    result = process.wait(30)
+    assert result.returncode == 0 and 'stopped by a signal' in result.stdout
     found = checkpoints(tmp_path/'run')
     assert len(found) == 1 and int(found[0].name.removeprefix('step-')) == json.loads((found[0]/'state.json').read_text())['step'] > 3
 
 
 def test_full_disk_leaves_the_old_checkpoint_usable(latents, tmp_path):
     run = tmp_path/'run'
-    assert train(TRAIN, latents, run, '--steps', 2, *SMALL).returncode == 0
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)) # writing beyond fails as on a full disk
-    result = train(TRAIN, latents, run, '--steps', 4, *SMALL, preexec_fn=limit)
+    assert call('slfm_train', latents, run, '--steps', 2, *SMALL).returncode == 0
+    result = call('slfm_train', latents, run, '--steps', 4, *SMALL, largest=2_000_000)
     assert result.returncode == 1 and 'cannot write' in result.stderr and 'untouched' in result.stderr and 'Traceback' not in result.stderr
     assert [c.name for c in checkpoints(run)] == ['step-00000002']
     assert not list((run/'checkpoints').glob('.step-*'))
-    assert train(TRAIN, latents, run, '--steps', 4, *SMALL).returncode == 0
+    assert call('slfm_train', latents, run, '--steps', 4, *SMALL).returncode == 0
 
 
 def test_changed_settings_and_architecture_are_refused(latents, tmp_path):
@@ -154,9 +151,7 @@ def _worker(latents, out, every):
 
 def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
     "Twenty kills at random moments, from the first byte of a checkpoint on, then the weights of an undisturbed run."
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['test_training'])
-    start = lambda out, every=1: (p := context.Process(target=_worker, args=(latents, out, every)), p.start())[0]
+    start = lambda out, every=1: (p := SERVER.Process(target=_worker, args=(latents, out, every)), p.start())[0]
     whole = start(tmp_path/'whole', 1000)
     whole.join(120)
     assert whole.exitcode == 0
