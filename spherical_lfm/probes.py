@@ -113,7 +113,8 @@ def cached_weights(
                              'remove this file, and they are downloaded again') from e
         if not isinstance(e, (OSError, RuntimeError)): raise
         advice = 'connect to the network once'
-        if isinstance(e, OSError) and e.filename: advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
+        if isinstance(e, OSError) and e.filename:
+            advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
         raise ConnectionError(f'{what} could not be loaded ({e}): {advice}, or {otherwise}') from e
 
 #: Backbones of LPIPS -> where torchvision has their weights from.
@@ -133,7 +134,8 @@ def lpips_distance(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # of how lpips calls torchvision
             return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
-    model = cached_weights(load, f'the ImageNet weights of {net} that LPIPS needs', _BACKBONES[net], 'choose another distance')
+    what = f'the ImageNet weights of {net} that LPIPS needs'
+    model = cached_weights(load, what, _BACKBONES[net], 'choose another distance')
     return lambda a, b: model.to(a.device)(a, b).flatten()
 
 def feature_distance(
@@ -174,11 +176,14 @@ def semantic_features(
     if backbone != 'dinov2': raise ValueError(f"backbone must be 'efficientnet' or 'dinov2', got {backbone!r}")
     name = 'timm/vit_small_patch14_dinov2.lvd142m'
     try: file = Path(weights) if weights else hub_file(name, 'model.safetensors')
-    except Exception as e: raise ConnectionError(f'the weights of DINOv2 ({name}) could not be loaded: {hub_advice(e, name)}, give a local file, or choose efficientnet') from e
+    except Exception as e:
+        raise ConnectionError(f'the weights of DINOv2 ({name}) could not be loaded: {hub_advice(e, name)}, '
+                              'give a local file, or choose efficientnet') from e
     options: dict[str, Any] = dict(num_classes=0, img_size=224, pretrained_cfg_overlay={'file': str(file)})
     try: net = timm.create_model('vit_small_patch14_dinov2', pretrained=True, **options).eval().requires_grad_(False)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
-        raise ValueError(f"{file} holds no weights of DINOv2 in timm's names, or is damaged ({type(e).__name__}): give another file") from e
+        raise ValueError(f"{file} holds no weights of DINOv2 in timm's names, or is damaged "
+                         f"({type(e).__name__}): give another file") from e
     return lambda x: net.to(x.device)(_resized(x, (.485, .456, .406), (.229, .224, .225)))
 
 def efficientnet_distance(
