@@ -1,7 +1,7 @@
 """Plant the faults of `scripts/faults.py` one at a time in a copy, run the tests that should see each, print a table.
 
     python scripts/plant_faults.py                       all of them, two at a time: some five minutes
-    python scripts/plant_faults.py --only warm-up        those whose module or name holds these words
+    python scripts/plant_faults.py --only warm-up sit    those whose module or name holds one of these
     python scripts/plant_faults.py --json table.json     the table as a file as well
 
 A fault is *seen* if at least one of its tests fails, *stale* if its old text does not stand exactly once in its
@@ -133,11 +133,11 @@ def pool(jobs: int):
 def main():
     "Plant what was asked for and print the table."
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--only', default='', help='plant only faults whose module or name holds this text')
+    parser.add_argument('--only', nargs='+', default=[''], help='only faults whose module or name holds one of these')
     parser.add_argument('--jobs', type=int, default=2, help='faults at a time')
     parser.add_argument('--json', type=Path, help='write the table to this file as well')
     args = parser.parse_args()
-    chosen = [f for f in FAULTS if args.only in f'{f.module} {f.name}']
+    chosen = [f for f in FAULTS if any(words in f'{f.module} {f.name}' for words in args.only)]
     tests = sorted({t for f in chosen for t in f.seen_by})
     rows = []
     with pool(args.jobs) as workers:

@@ -1,10 +1,13 @@
 """Orders, windows, flips and what is stored, image by image."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from spherical_lfm.latents import ImageSource, LatentDataset, LatentLoader, WindowOrder, encode_latents, with_statistics
+from spherical_lfm.latents import (
+    ImageSource, LatentDataset, LatentLoader, WindowOrder, encode_latents, to_tensor, with_statistics)
 from spherical_lfm.tokenizers import digits_images, load_tokenizer
 
 
@@ -15,6 +18,16 @@ def cache(tmp_path_factory):
     encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, shard_size=30, batch_size=20,
                    order=torch.arange(100, 28, -1), progress=False)
     return folder
+
+
+def test_an_image_is_its_centre_square():
+    "Pixels as they lie where nothing is resized; the mean of areas where it is."
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    x = to_tensor(Image.fromarray(pixels), 20)
+    np.testing.assert_allclose(x.permute(1, 2, 0), pixels[:, 6:26]/127.5 - 1, atol=1e-6)
+    flat = np.kron(np.array([[0, 100], [200, 255]], dtype=np.uint8), np.ones((16, 16), dtype=np.uint8))
+    small = to_tensor(Image.fromarray(np.stack([flat]*3, 2)), 4)
+    np.testing.assert_allclose(small[0, ::3, ::3], np.array([[0, 100], [200, 255]])/127.5 - 1, atol=.08)
 
 
 @pytest.mark.parametrize('resident', [True, False])

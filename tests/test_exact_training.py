@@ -112,6 +112,45 @@ def test_the_average_in_a_checkpoint_is_not_the_weights(latents, tmp_path):
     assert any(not torch.equal(e, p) for e, p in zip(trainer.ema, trainer.parameters))
 
 
+def test_a_run_goes_on_as_if_it_had_not_stopped(latents, tmp_path):
+    "Weights, average and moments of the optimiser, bit for bit."
+    def make(name):
+        data = LatentDataset(latents, spherical=True)
+        return Trainer(TrainConfig(**SMALL, steps=4, ema_decay=.9), data, tmp_path/name)
+    whole, parts = make('whole'), make('parts')
+    whole.fit(progress=False)
+    parts.fit(until=2, progress=False)
+    resumed = make('parts')
+    resumed.fit(progress=False)
+    assert [r['loss'] for r in resumed.log()] == [r['loss'] for r in whole.log()]
+    for a, b in zip(whole.parameters, resumed.parameters):
+        x, y = whole.optimizer.state[a], resumed.optimizer.state[b]
+        assert torch.equal(a, b) and all(torch.equal(x[k], y[k]) for k in ('exp_avg', 'exp_avg_sq', 'step'))
+    for a, b in zip(whole.ema, resumed.ema): assert torch.equal(a, b)
+
+
+def test_the_log_holds_means_over_its_interval(latents, tmp_path):
+    "Loss, loss per power, norm of the gradient, and the loss of each quarter of t, over three steps."
+    trainer = trainer_for(latents, tmp_path/'a', arm='vanilla-linear')
+    steps, quarters = [], torch.zeros(2, 4)
+    for k in range(3):
+        z0, z1, t, y = trainer.draws(k)
+        with torch.no_grad(): losses = loss_by_hand(trainer.net, (z0, z1, t, y), 'vanilla-linear')
+        power = (z1 - z0).double().square().mean().item()
+        for q in range(4): quarters[:, q] += torch.stack([losses[(4*t).long() == q].sum(), ((4*t).long() == q).sum()])
+        found = trainer.train_step()
+        trainer.step += 1
+        steps.append((losses.mean().item(), power, found['grad_norm'].item()))
+    loss, power, norm = (sum(x)/3 for x in zip(*steps))
+    logged = trainer_for(latents, tmp_path/'b', arm='vanilla-linear', log_every=3, steps=3)
+    logged.fit(progress=False)
+    row = logged.log()[-1]
+    assert row['step'] == 3 and row['loss'] == pytest.approx(loss, rel=1e-4)
+    assert row['loss_over_power'] == pytest.approx(loss/power, rel=1e-4)
+    assert row['grad_norm'] == pytest.approx(norm, rel=1e-3)
+    for q in range(4): assert row[f'loss_q{q + 1}'] == pytest.approx((quarters[0, q]/quarters[1, q]).item(), rel=1e-3)
+
+
 def test_bf16_is_bf16_where_the_network_works_and_float32_around_it(latents, tmp_path):
     losses = {}
     for precision, dtype in (('float32', torch.float32), ('bf16', torch.bfloat16)):
