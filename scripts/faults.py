@@ -542,7 +542,7 @@ CLI = faults(
      'options reach what they set', 'exact_cli::test_options_of_scoring_a_run'),
     ('slfm_encode always mirrors', 'encode_latents(tok, source, out, not no_flip, ', 'encode_latents(tok, source, out, True, ',
      'options reach what they set', 'exact_cli::test_options_of_encoding'),
-    ('slfm_finetune holds out nothing', 'torch.stack([x for x, _ in other.stream(other.shuffled(seed), held_out_count)])', 'None',
+    ('slfm_finetune holds out nothing', 'readable(other, held_out_count, other.shuffled(seed))', 'None',
      'held-out figures', 'exact_cli::test_options_of_finetuning'),
     ('slfm_finetune always mirrors', 'flip=not no_flip, seed=seed, log_every', 'flip=True, seed=seed, log_every',
      'options reach what they set', 'exact_cli::test_options_of_finetuning'),

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, starting_tokenizer
+from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, readable, starting_tokenizer
 from .fidelity import all_parts, differences, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
@@ -62,46 +62,56 @@ def _is_ours(error: BaseException, package: str) -> bool:
     at = error.__traceback__
     while at is not None and at.tb_next is not None: at = at.tb_next
     if at is None: return False
-    module = at.tb_frame.f_globals.get('__name__', '').partition('.')[0]
-    return module in ('spherical_lfm', package) and at.tb_frame.f_code.co_code[at.tb_lasti] == dis.opmap['RAISE_VARARGS']
+    frame = at.tb_frame
+    module = frame.f_globals.get('__name__', '').partition('.')[0]
+    return module in ('spherical_lfm', package) and frame.f_code.co_code[at.tb_lasti] == dis.opmap['RAISE_VARARGS']
 
 def _sentence(error: Exception, package: str) -> str | None:
     "What to tell the user of an error; None for a bug."
-    if isinstance(error, (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)) and _is_ours(error, package): return str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and 'allocate memory' in str(error):
+    told = ValueError, OSError, FloatingPointError, torch.OutOfMemoryError
+    if isinstance(error, told) and _is_ours(error, package): return str(error)
+    memory = isinstance(error, RuntimeError) and 'allocate memory' in str(error)
+    if memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return 'not enough memory: lower the batch size, the size or the count'
-    if isinstance(error, OSError) and error.errno in _REFUSED: return f'{error.filename or "a file"}: {error.strerror}; {_REFUSED[error.errno]}'
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f'{error.filename or "a file"}: {error.strerror}; {_REFUSED[error.errno]}'
     return None
 
 # %% ../nbs/12_cli.ipynb #52685f01
-#: The range of options by their names.
+#: Options by the range that they share.
 _RANGES = {
-    (1, math.inf): 'size count sensitivity_count held_out_count steps samples batch_size shard_size pack side rounds log_every checkpoint_every accumulate classes',
-    (2, math.inf): 'bootstrap',
-    (0, math.inf): 'warmup keep discriminator_start max_grad_norm',
-    (0, 1): 'label_dropout ema_decay',
-    (-1, math.inf): 'label negative step',
-    (-1, 2**31 - 1): 'seed',
+    (1, math.inf): ('size', 'count', 'sensitivity_count', 'held_out_count', 'steps', 'samples', 'batch_size', 'shard_size',
+                    'pack', 'side', 'rounds', 'log_every', 'checkpoint_every', 'accumulate', 'classes'),
+    (2, math.inf): ('bootstrap',),
+    (0, math.inf): ('warmup', 'keep', 'discriminator_start', 'max_grad_norm'),
+    (0, 1): ('label_dropout', 'ema_decay'),
+    (-1, math.inf): ('label', 'negative', 'step'),
+    (-1, 2**31 - 1): ('seed',),
 }
+
+def _check_numbers(work: Callable, given: dict):
+    "Refuse numbers out of range; a default may be, since it has a meaning of its own."
+    defaults = {k: p.default for k, p in inspect.signature(work).parameters.items()}
+    numbers = {k: v for k, v in given.items() if type(v) in (int, float) and v != defaults[k]}
+    for (least, most), names in _RANGES.items():
+        check_range(least, most, **{k: numbers[k] for k in names if k in numbers})
+    check_range(-math.inf, **numbers)
 
 def _arguments(work: Callable, argv: list[str] | None) -> dict:
     "The arguments of a command, with 'debug'; ends with one sentence on those that cannot be."
     def refuse(message: str): sys.exit(f'{work.__name__}: {message}; see {work.__name__} --help')
     parser = anno_parser(work, prog=work.__name__)
-    parser.add_argument('--debug', action='store_true', help='show where an error comes from: the whole traceback, and warnings of libraries')
+    debug = 'show where an error comes from: the whole traceback, and warnings of libraries'
+    parser.add_argument('--debug', action='store_true', help=debug)
     parser.error = refuse # type: ignore[method-assign,assignment]
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
-    defaults = {k: p.default for k, p in inspect.signature(work).parameters.items()} | {'debug': False}
-    numbers = {k: v for k, v in given.items() if isinstance(v, (int, float)) and v != defaults[k]}
-    try:
-        for (least, most), names in _RANGES.items(): check_range(least, most, **{k: numbers[k] for k in names.split() if k in numbers})
-        check_range(-math.inf, **numbers)
+    try: _check_numbers(work, given)
     except ValueError as e: refuse(str(e))
     return given
 
 @contextmanager
 def _own_warnings(name: str, debug: bool) -> Iterator[None]:
-    "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only where they are asked for."
+    "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only on demand."
     def tell(message, category, filename, lineno, file=None, line=None): print(f'{name}: {message}', file=sys.stderr)
     with warnings.catch_warnings():
         if not (debug or sys.warnoptions):
@@ -114,7 +124,10 @@ def _own_warnings(name: str, debug: bool) -> Iterator[None]:
 def command(
     work: Callable # a function with documented parameters
 ) -> Callable: # takes a list of arguments; None means those of the process
-    "Turn a function into a command: parse and check arguments, run, and end with one sentence and exit code 1 on an error the user can mend. A bug keeps its traceback."
+    """Turn a function into a command: parse and check its arguments, and run.
+
+    An error that the user can mend ends with one sentence and exit code 1. A bug keeps its traceback.
+    """
     @functools.wraps(work)
     def run(argv: list[str] | None = None):
         given = _arguments(work, argv)
@@ -323,7 +336,7 @@ def slfm_finetune(
     if held_out:
         other = _images(held_out, size, held_out_split or ('test' if held_out == 'digits' else ''), image_column, label_column)
         if other.content == source.content: raise ValueError(f'{held_out} holds the very images to finetune on: give others with --held_out or --held_out_split')
-        test = torch.stack([x for x, _ in other.stream(other.shuffled(seed), held_out_count)])
+        test = readable(other, held_out_count, other.shuffled(seed))
     tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
     result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if not result: return
@@ -439,17 +452,22 @@ def slfm_evaluate(
     "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
     parts, run = all_parts(extractor), Path(samples)
     setting: dict[str, Any] = {}
-    earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',)) if against else {}
-    def opened(where: str, *columns: str): return source_batches(where if is_npz(where) else _images(where, size, *columns))
-    def features(batches, where: str): return extract_features(tqdm(batches, desc=f'features of {Path(where).name}', unit='batch'), extractor, parts=parts)
+    earlier: dict = {}
+    if against: earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',))
+    def opened(where: str, *columns: str):
+        return source_batches(where if is_npz(where) else _images(where, size, *columns))
+    def features(batches, where: str):
+        bar = tqdm(batches, desc=f'features of {Path(where).name}', unit='batch')
+        return extract_features(bar, extractor, parts=parts)
     is_run, given = (run/'checkpoints').is_dir(), None
     if is_run:
         _dtype(precision)
         model, path, record = load_run(run, None if step < 0 else step, _device())
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
-        sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none at all: refuses what cannot be, before the reference is read
+        sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none: refuses what cannot be, before any work
     else: given = opened(samples)
-    real = load_reference(reference, extractor) if is_npz(reference) else features(opened(reference, split, image_column, label_column), reference)
+    if is_npz(reference): real = load_reference(reference, extractor)
+    else: real = features(opened(reference, split, image_column, label_column), reference)
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
     if is_run:
         drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, f'step {record["step"]}', save, **setting)
@@ -457,7 +475,8 @@ def slfm_evaluate(
         setting |= {'seed': seed, 'checkpoint': record['step']}
     else: drawn = features(given, samples)
     figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
-    figures['protocol']['resize'] = f'{"none" if setting or is_npz(samples) else f"centre crop, bicubic to {size} px"}; then {figures["protocol"]["resize"]}'
+    resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {size} px'
+    figures['protocol']['resize'] = f'{resized}; then {figures["protocol"]["resize"]}'
     if against:
         apart = differences(figures['protocol'], earlier['protocol'])
         if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -276,8 +277,11 @@ class ResumableRun:
 
     def _state(self, folder: Path) -> dict:
         "The state.json of a checkpoint, after checking that it belongs to this run."
-        try: saved = read_json(folder/'state.json', 'checkpoint', 'give a folder step-... of checkpoints', ('config', 'step'))
-        except (FileNotFoundError, ValueError) as e: raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged; give a folder step-... of checkpoints') from e
+        remedy = 'give a folder step-... of checkpoints'
+        try: saved = read_json(folder/'state.json', 'checkpoint', remedy, ('config', 'step'))
+        except (FileNotFoundError, ValueError) as e:
+            raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged; '
+                             'give a folder step-... of checkpoints') from e
         differ = [f'{k}: {saved["config"].get(k)} -> {v}' for k, v in self.info['config'].items() if k not in self.free and saved['config'].get(k) != v]
         differ += [f'{k}: {saved.get(k)} -> {v}' for k, v in self.info.items() if k != 'config' and saved.get(k) != v]
         if differ: raise ValueError(f'cannot resume {folder} with changed settings ({"; ".join(differ)}): use another output folder or the old settings')
@@ -287,7 +291,9 @@ class ResumableRun:
     def _whole(self, folder: Path):
         "Turn what a damaged checkpoint raises into one sentence."
         try: yield
-        except Exception as e: raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): remove it to resume from the one before') from e
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+            raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): '
+                             'remove it to resume from the one before') from e
 
     @contextmanager
     def _memory(self):
@@ -378,8 +384,10 @@ class FinetuneConfig:
         self.betas = tuple(self.betas)
         for field, allowed in (('precision', ('float32', 'bf16')), ('perceptual', ('lpips', 'efficientnet', 'none'))):
             if getattr(self, field) not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {getattr(self, field)!r}')
-        check_range(1, **{k: getattr(self, k) for k in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers')})
-        check_range(0, **{k: getattr(self, k) for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
+        values = asdict(self)
+        counts = 'steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers'
+        check_range(1, **{k: values[k] for k in counts})
+        check_range(0, **{k: values[k] for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
         check_range(0, 1, ema_decay=self.ema_decay)
         check_range(1e-12, lr=self.lr)
 
@@ -506,7 +514,8 @@ class DecoderTrainer(ResumableRun):
                 seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
             now = self.finetuned()
             recon = torch.cat([now.decode(now.encode(x.to(self.accelerator.device))).cpu() for x in self.held_out.split(16)])
-            self._log({'step': self.step, 'loss': self.log()[-1]['loss'] if self.log() else None, 'held_out_psnr': psnr(recon, self.held_out).mean().item()})
+            last = self.log()[-1]['loss'] if self.log() else None
+            self._log({'step': self.step, 'loss': last, 'held_out_psnr': psnr(recon, self.held_out).mean().item()})
             save_grid(torch.cat([self.held_out[:8], self._before, recon[:8]]), self.out/'strips'/f'step-{self.step:08d}.png', columns=min(8, len(self.held_out)))
         self.accelerator.wait_for_everyone()
         return folder

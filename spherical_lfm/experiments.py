@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environme
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
            'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
            'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
-           'check_finetune', 'starting_tokenizer']
+           'readable', 'check_finetune', 'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
@@ -531,7 +531,9 @@ def analyze_tokens(
     elif world > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
     measured = wants_statistics(tokenizer, statistics)
     share = lambda n: -(-n//world)
-    unreadable = lambda: ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
+    def unreadable():
+        skipped = len(source.skipped)
+        return ValueError(f'{source.source} gave no readable image ({skipped} skipped): give another source')
     moments, processed = None, None
     held: list[Tensor] = []
     raw = TokenStatistics(tokenizer.raw_channels)
@@ -581,13 +583,13 @@ def analyze_study(
     import matplotlib.pyplot as plt
     import pandas as pd
     out, name = Path(out), name or tokenizer.name
-    earlier = read_json(out/'analysis.json', 'table of slfm_analyze', 'use another output folder') if (out/'analysis.json').exists() else {}
+    file, found = out/'analysis.json', {}
+    if file.exists(): found = read_json(file, 'table of slfm_analyze', 'use another output folder')
     tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
     if not processes().is_main_process: return {}
     both = {'raw': raw.summary(), 'processed': processed.summary()}
     protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,
                 'images': source.understood, 'image_size': source.size, 'skipped': len(source.skipped), 'skipped_first': source.skipped[:10]}
-    found = earlier
     found[name] = {'row': geometry_row(name, both['raw'], both['processed']), **both, 'protocol': protocol, 'environment': environment([options.get('seed', 0)])}
     write_json(out/'analysis.json', found)
     with atomic_write(out/'table.csv') as f: pd.DataFrame([r['row'] for r in found.values()]).to_csv(f, index=False)
@@ -632,7 +634,8 @@ def probe_study(
     for x, labels in bar:
         encoded.append(tokenizer.encode(x.to(where)).cpu())
         classes.append(labels)
-    if not encoded: raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
+    if not encoded:
+        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
     z, y = torch.cat(encoded), torch.cat(classes)
     anchors, partner = find_partners(y, torch.Generator().manual_seed(seed), neighbours)
     swaps = probe_swaps(tokenizer, z, anchors, partner, judges, batch_size, progress)
@@ -668,7 +671,7 @@ def finetune_study(
     check_finetune(arms, extractor)
     out, config = Path(out), config or FinetuneConfig()
     seen = held_out is None
-    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else torch.stack([x for x, _ in images.stream(limit=64)])
+    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
     variant = lambda spherical: Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
     pipelines = {'original': variant(False), 'original, projected': variant(True)}
     for arm in arms:
@@ -696,13 +699,26 @@ def finetune_study(
     save_grid(torch.cat([held_out[:12], *rows]), out/'strip.png', columns=min(12, len(held_out)))
     return result
 
+def readable(
+    source: ImageSource,         # images
+    limit: int,                  # how many at most
+    order: Tensor | None = None  # as for `ImageSource.stream`
+) -> Tensor: # [n, 3, H, W] in [-1, 1]
+    "Some images of a source as one tensor. Raises `ValueError` if none can be read."
+    found = [x for x, _ in source.stream(order, limit)]
+    if not found:
+        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
+    return torch.stack(found)
+
 def check_finetune(
     arms: tuple,   # which decoders
     extractor: str # features for rFID
 ):
     "Raise `ValueError` for arms and features that `finetune_study` does not know."
-    if set(arms) - {'spherical', 'control'} or not arms: raise ValueError(f'arms must be among spherical and control, got {", ".join(arms) or "none"}')
-    if extractor not in ('auto', 'none', *EXTRACTORS): raise ValueError(f'unknown extractor {extractor!r}: choose auto, none or one of {", ".join(EXTRACTORS)}')
+    if set(arms) - {'spherical', 'control'} or not arms:
+        raise ValueError(f'arms must be among spherical and control, got {", ".join(arms) or "none"}')
+    if extractor not in ('auto', 'none', *EXTRACTORS):
+        raise ValueError(f'unknown extractor {extractor!r}: choose auto, none or one of {", ".join(EXTRACTORS)}')
 
 def starting_tokenizer(
     name_or_path: str,       # as for `load_tokenizer`

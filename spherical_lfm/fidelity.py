@@ -39,7 +39,7 @@ from .concentration import processes
 from .decoder import frechet_distance
 from .latents import ImageSource
 from .paths import Path as FlowPath
-from .probes import efficientnet_lite0, load_digit_features
+from .probes import cached_weights, efficientnet_lite0, load_digit_features
 from .sampling import sample
 from .sphere import check_range
 from .tokenizers import Tokenizer, atomic_write, to_uint8, write_json
@@ -124,8 +124,10 @@ class Extractor(NamedTuple):
 
 #: Feature extractors by name.
 EXTRACTORS = {
-    'inception': Extractor('slfm-inception', '2048', 'logits_unbiased', 'spatial', 'bilinear to 299 px inside the extractor, as in the original FID code', 2048),
-    'efficientnet': Extractor('slfm-efficientnet', 'features', 'logits', 'spatial', 'bicubic (antialiased) to 224 px inside the extractor', 1280),
+    'inception': Extractor('slfm-inception', '2048', 'logits_unbiased', 'spatial',
+                           'bilinear to 299 px inside the extractor, as in the original FID code', 2048),
+    'efficientnet': Extractor('slfm-efficientnet', 'features', 'logits', 'spatial',
+                              'bicubic (antialiased) to 224 px inside the extractor', 1280),
     'digits': Extractor('slfm-digits', 'features', 'logits', None, 'none, 16 px', 64, 16),
 }
 for name, extractor in (('slfm-digits', DigitExtractor), ('slfm-efficientnet', EfficientNetExtractor), ('slfm-inception', InceptionExtractor)):
@@ -137,35 +139,30 @@ def _extractor(name: str) -> Extractor:
     if name not in EXTRACTORS: raise ValueError(f'unknown extractor {name!r}: choose one of {", ".join(EXTRACTORS)}')
     return EXTRACTORS[name]
 
-def _reach(name: str, work: Callable):
-    "Run `work`, turning weights of Inception that cannot be had into one sentence with the reason."
-    try: return work()
-    except Exception as e:
-        if name != 'inception' or isinstance(e, (torch.OutOfMemoryError, ConnectionError)): raise
-        file = Path(torch.hub.get_dir())/'checkpoints'/Path(URL_INCEPTION_V3).name
-        if file.is_file(): raise ValueError(f'the Inception weights in {file} are damaged or foreign ({type(e).__name__}): remove this file, and they are downloaded again') from e
-        if not isinstance(e, (OSError, RuntimeError)): raise
-        advice = 'connect to the network once'
-        if isinstance(e, OSError) and e.filename: advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
-        raise ConnectionError(f'the Inception weights could not be loaded ({e}): {advice}, or choose another extractor') from e
-
 def _network(extractor: str, parts: tuple) -> Callable:
     "Images as uint8 -> tuple of layers."
     e = _extractor(extractor)
-    return _reach(extractor, lambda: create_feature_extractor(e.registry, [getattr(e, p) for p in parts], cuda=torch.cuda.is_available(), verbose=False))
+    layers = [getattr(e, p) for p in parts]
+    def load(): return create_feature_extractor(e.registry, layers, cuda=torch.cuda.is_available(), verbose=False)
+    if extractor != 'inception': return load()
+    return cached_weights(load, 'the Inception weights', URL_INCEPTION_V3, 'choose another extractor')
 
 def _check_side(extractor: str, images: Tensor):
     "Refuse images of a size that an extractor does not take."
     side, (height, width) = _extractor(extractor).side, images.shape[2:]
     if side in (None, height) and side in (None, width): return
-    raise ValueError(f'the extractor {extractor} takes images of {side} x {side} pixels, got {height} x {width}: give size {side}, or another extractor')
+    raise ValueError(f'the extractor {extractor} takes images of {side} x {side} pixels, got {height} x '
+                     f'{width}: give size {side}, or another extractor')
 
 # %% ../nbs/10_fidelity.ipynb #2b4cdf48
 def feature_function(
     extractor: str = 'inception', # a key of `EXTRACTORS`
     parts: tuple = ('features',)  # of 'features', 'logits', 'spatial'
 ) -> Callable: # images [B, 3, H, W] in [-1, 1] (or uint8) -> the part on the CPU, or a dict if there are several
-    "An extractor for streams. Images are rounded to 8 bits and never leave the device for that. Raises `ConnectionError` if weights cannot be had, `ValueError` if they are damaged or images have a size it does not take."
+    """An extractor for streams. Images are rounded to 8 bits and never leave the device for that.
+
+    Raises `ConnectionError` if weights cannot be had, `ValueError` if they are damaged or for images of a wrong size.
+    """
     net, device = _network(extractor, parts), 'cuda' if torch.cuda.is_available() else 'cpu'
     def extract(images: Tensor):
         _check_side(extractor, images)
@@ -210,21 +207,26 @@ def load_reference(
 ) -> dict: # 'mu', 'sigma' (and 'mu_s', 'sigma_s'), or features; and 'count' if it is known
     "A stored reference. Raises `FileNotFoundError`, or `ValueError` if the file is none or its statistics cannot be."
     stored = _open_npz(path)
-    if not {'mu', 'sigma'} <= set(stored.files): return extract_features(npz_batches(path, batch_size), extractor, parts=all_parts(extractor))
+    if not {'mu', 'sigma'} <= set(stored.files):
+        return extract_features(npz_batches(path, batch_size), extractor, parts=all_parts(extractor))
     found: dict[str, Any] = {}
     for suffix in ('', '_s'):
         if f'mu{suffix}' in stored.files: found |= _moments(path, stored, suffix)
     width = _extractor(extractor).width
-    if width not in (None, len(found['mu'])): raise ValueError(f'{path} has statistics of {len(found["mu"])} features, {extractor} has {width}: give the extractor it was made with')
+    if width not in (None, len(found['mu'])):
+        raise ValueError(f'{path} has statistics of {len(found["mu"])} features, {extractor} has {width}: '
+                         'give the extractor it was made with')
     return found | _count(path, stored)
 
 def npz_batches(
     path: str | Path,     # an .npz file with arr_0 [N, H, W, 3] uint8
     batch_size: int = 64  # images at a time
 ) -> Iterator[Tensor]: # uint8 [B, 3, H, W]
-    "Images of an ADM file. Raises `FileNotFoundError`, or `ValueError` if there are none, before the first batch is asked for."
+    "Images of an ADM file. Raises `FileNotFoundError`, or `ValueError` if there are none, before the first batch."
     stored = _open_npz(path)
-    if 'arr_0' not in stored.files: raise ValueError(f'{path} holds neither statistics (mu, sigma) nor images (arr_0), only {", ".join(stored.files) or "nothing"}: give another file')
+    if 'arr_0' not in stored.files:
+        raise ValueError(f'{path} holds neither statistics (mu, sigma) nor images (arr_0), only '
+                         f'{", ".join(stored.files) or "nothing"}: give another file')
     return _npz_batches(path, stored, batch_size)
 
 # %% ../nbs/10_fidelity.ipynb #0f148068
@@ -236,45 +238,61 @@ def is_npz(
 
 def _open_npz(path: str | Path) -> Any:
     "The arrays of an .npz file, read when they are asked for."
-    if not Path(path).is_file(): raise FileNotFoundError(f'no .npz file at {path}: give one with statistics (mu, sigma) or images (arr_0)')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no .npz file at {path}: give one with statistics (mu, sigma) or images (arr_0)')
     try: stored = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as e: raise ValueError(f'{path} is no .npz reference, or damaged ({type(e).__name__}): give another file') from e
-    if not isinstance(stored, np.lib.npyio.NpzFile): raise ValueError(f'{path} is no .npz reference but a single array: store it with numpy.savez')
+    except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f'{path} is no .npz reference, or damaged ({type(e).__name__}): give another file') from e
+    if not isinstance(stored, np.lib.npyio.NpzFile):
+        raise ValueError(f'{path} is no .npz reference but a single array: store it with numpy.savez')
     return stored
 
 def _array(path: str | Path, stored: Any, name: str) -> np.ndarray:
     "One array of an .npz file."
-    if name not in stored.files: raise ValueError(f'{path} has no {name}, only {", ".join(stored.files)}: make the reference again')
+    if name not in stored.files:
+        raise ValueError(f'{path} has no {name}, only {", ".join(stored.files)}: make the reference again')
     try: return stored[name]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e: raise ValueError(f'{name} of {path} cannot be read ({type(e).__name__}): the file is damaged, make it again') from e
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f'{name} of {path} cannot be read ({type(e).__name__}): the file is damaged, make '
+                         'it again') from e
 
 def _moments(path: str | Path, stored: Any, suffix: str) -> dict:
     "Mean and covariance of a reference, after checking that they are that."
     mu, sigma = (_array(path, stored, f'{k}{suffix}') for k in ('mu', 'sigma'))
     again = 'make the reference again'
-    if not (np.issubdtype(mu.dtype, np.number) and np.issubdtype(sigma.dtype, np.number)): raise ValueError(f'mu{suffix} and sigma{suffix} of {path} are no numbers: {again}')
+    if not (np.issubdtype(mu.dtype, np.number) and np.issubdtype(sigma.dtype, np.number)):
+        raise ValueError(f'mu{suffix} and sigma{suffix} of {path} are no numbers: {again}')
     mu, sigma = mu.astype(np.float64).reshape(-1), sigma.astype(np.float64)
-    if sigma.shape != (len(mu), len(mu)): raise ValueError(f'mu{suffix} of {path} has {len(mu)} values, but sigma{suffix} has shape {sigma.shape}: {again}')
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()): raise ValueError(f'mu{suffix} or sigma{suffix} of {path} contains NaN or Inf: {again}')
-    if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6*np.abs(sigma).max(initial=0)): raise ValueError(f'sigma{suffix} of {path} is not symmetric, so no covariance: {again}')
-    if (sigma.diagonal() < 0).any(): raise ValueError(f'sigma{suffix} of {path} has a negative variance, so it is no covariance: {again}')
+    if sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f'mu{suffix} of {path} has {len(mu)} values, but sigma{suffix} has shape '
+                         f'{sigma.shape}: {again}')
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f'mu{suffix} or sigma{suffix} of {path} contains NaN or Inf: {again}')
+    if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6*np.abs(sigma).max(initial=0)):
+        raise ValueError(f'sigma{suffix} of {path} is not symmetric, so no covariance: {again}')
+    if (sigma.diagonal() < 0).any():
+        raise ValueError(f'sigma{suffix} of {path} has a negative variance, so it is no covariance: {again}')
     return {f'mu{suffix}': mu, f'sigma{suffix}': sigma}
 
 def _count(path: str | Path, stored: Any) -> dict:
     "How many images a reference was made from, if it says so."
     if 'count' not in stored.files:
-        warnings.warn(f'{path} does not say how many images it was made from (count), on which a Fréchet distance depends')
+        warnings.warn(f'{path} does not say how many images it was made from: a Fréchet distance depends on its count')
         return {}
     count = _array(path, stored, 'count')
-    if count.size != 1 or not np.issubdtype(count.dtype, np.number): raise ValueError(f'count of {path} is no number: make the reference again')
-    if not count.item() >= 10: raise ValueError(f'{path} was made from {count.item()} images, too few to compare distributions: use at least 10, better thousands')
+    if count.size != 1 or not np.issubdtype(count.dtype, np.number):
+        raise ValueError(f'count of {path} is no number: make the reference again')
+    if not count.item() >= 10:
+        raise ValueError(f'{path} was made from {count.item()} images, too few to compare distributions: '
+                         'use at least 10, better thousands')
     return {'count': int(count.item())}
 
 def _npz_batches(path: str | Path, stored: Any, batch_size: int) -> Iterator[Tensor]:
     "Batches of arr_0, read at the first one."
     images = _array(path, stored, 'arr_0')
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise ValueError(f'arr_0 of {path} must be uint8 [N, H, W, 3], got {images.dtype} {images.shape}: store 8-bit RGB images')
+        raise ValueError(f'arr_0 of {path} must be uint8 [N, H, W, 3], got {images.dtype} {images.shape}: '
+                         'store 8-bit RGB images')
     for k in range(0, len(images), batch_size): yield torch.from_numpy(images[k:k + batch_size]).permute(0, 3, 1, 2)
 
 # %% ../nbs/10_fidelity.ipynb #d70cb3cc
@@ -298,7 +316,8 @@ def score_features(
     for what, x in (('samples', samples), ('reference', reference)):
         if 'features' not in x: continue
         if len(x['features']) < 10: raise ValueError(f'{len(x["features"])} {what} are too few to compare distributions')
-        if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)): raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
+        if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)):
+            raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
     if bootstrap: check_range(2, bootstrap=bootstrap)
     stored = 'mu' in reference
     figures: dict[str, Any] = {}
@@ -323,7 +342,8 @@ def score_features(
 def _finite(figures: dict) -> dict:
     "Figures, if they are numbers: a table with NaN looks like a result."
     for k, v in figures.items():
-        if not np.isfinite(v).all(): raise ValueError(f'{k} came out as {v}: the features are degenerate, look at the images and the reference')
+        if not np.isfinite(v).all():
+            raise ValueError(f'{k} came out as {v}: the features are degenerate, look at the images and the reference')
     return figures
 
 def protocol_of(

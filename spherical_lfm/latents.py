@@ -719,7 +719,9 @@ class LatentDataset:
         verify: bool = False                 # compare checksums (one pass over the files)
     ):
         self.folder, self.spherical = Path(folder), spherical
-        self.index = read_json(self.folder/'index.json', f'index of latents in {folder}', 'make them with slfm_encode', ('tokenizer', 'source', 'shards', 'shape', 'count', 'flip'))
+        keys = 'tokenizer', 'source', 'shards', 'shape', 'count', 'flip'
+        what, remedy = f'index of latents in {folder}', 'make them with slfm_encode'
+        self.index = read_json(self.folder/'index.json', what, remedy, keys)
         made_by = self.index['tokenizer']
         if latent_identity not in (None, made_by['latent_identity']):
             raise ValueError(f'latents at {folder} were made by tokenizer {made_by["name"]} ({made_by["latent_identity"]}), wanted {latent_identity}: encode again or give the matching tokenizer')

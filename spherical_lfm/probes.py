@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'SWAPS', 'swap_radius', 'swap_direction', 'population_means', 'mean_radius', 'mean_direction',
-           'find_partners', 'pixel_distance', 'lpips_distance', 'feature_distance', 'efficientnet_lite0',
-           'semantic_features', 'efficientnet_distance', 'get_distances', 'DigitFeatures', 'train_digit_features',
-           'load_digit_features', 'probe_swaps', 'bootstrap_interval', 'plot_swaps', 'swap_strip', 'summarise_swaps',
-           'sensitivity', 'plot_sensitivity', 'radius_response', 'plot_response']
+           'find_partners', 'pixel_distance', 'cached_weights', 'lpips_distance', 'feature_distance',
+           'efficientnet_lite0', 'semantic_features', 'efficientnet_distance', 'get_distances', 'DigitFeatures',
+           'train_digit_features', 'load_digit_features', 'probe_swaps', 'bootstrap_interval', 'plot_swaps',
+           'swap_strip', 'summarise_swaps', 'sensitivity', 'plot_sensitivity', 'radius_response', 'plot_response']
 
 # %% ../nbs/03_probes.ipynb #18318a74
 import importlib.resources
@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.models
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .sphere import exp_map, project, tangent, token_norm
-from .tokenizers import DATA, Tokenizer, digits_images, hub_file, show_images
+from .tokenizers import DATA, Tokenizer, digits_images, hub_advice, hub_file, show_images
 
 # %% ../nbs/03_probes.ipynb #5f6d4873
 def swap_radius(
@@ -92,18 +94,48 @@ def pixel_distance(
     "Mean absolute difference per image."
     return (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean((1, 2, 3))
 
+def cached_weights(
+    load: Callable,  # loads a network whose weights torch keeps in its cache
+    what: str,       # how the message names them
+    url: str,        # where they come from; the file in the cache has the same name
+    otherwise: str   # what else the user could do
+) -> Any: # what `load` gives
+    """A network with published weights, or one sentence with the reason why not.
+
+    Raises `ConnectionError` if they cannot be had, `ValueError` if the file in the cache is damaged.
+    """
+    try: return load()
+    except torch.OutOfMemoryError: raise
+    except Exception as e:
+        file = Path(torch.hub.get_dir())/'checkpoints'/Path(url).name
+        if file.is_file():
+            raise ValueError(f'{what} in {file} are damaged or foreign ({type(e).__name__}): '
+                             'remove this file, and they are downloaded again') from e
+        if not isinstance(e, (OSError, RuntimeError)): raise
+        advice = 'connect to the network once'
+        if isinstance(e, OSError) and e.filename:
+            advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
+        raise ConnectionError(f'{what} could not be loaded ({e}): {advice}, or {otherwise}') from e
+
+#: Backbones of LPIPS -> where torchvision has their weights from.
+_BACKBONES = {
+    'vgg': torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
+    'alex': torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url,
+    'squeeze': torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url,
+}
+
 def lpips_distance(
     net: str = 'vgg' # 'vgg', 'alex' or 'squeeze'
 ) -> Callable: # (images, images) -> [B]
-    "LPIPS as a distance between images in [-1, 1]. Raises `ConnectionError` if the backbone's weights cannot be had."
+    "LPIPS as a distance between images in [-1, 1]. Raises `ConnectionError` or `ValueError` as `cached_weights` does."
     import lpips
-    try:
+    if net not in _BACKBONES: raise ValueError(f'unknown backbone {net!r}: choose one of {", ".join(_BACKBONES)}')
+    def load():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # of how lpips calls torchvision
-            model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
-    except OSError as e:
-        raise ConnectionError(f'LPIPS needs the ImageNet weights of {net} from torchvision, which could not be downloaded ({e}): connect once, '
-                              f'put them into {Path(torch.hub.get_dir()).name}/checkpoints of the torch cache, or choose another distance') from e
+            return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+    what = f'the ImageNet weights of {net} that LPIPS needs'
+    model = cached_weights(load, what, _BACKBONES[net], 'choose another distance')
     return lambda a, b: model.to(a.device)(a, b).flatten()
 
 def feature_distance(
@@ -143,11 +175,15 @@ def semantic_features(
         return lambda x: net.to(x.device).forward_head(net.forward_features(_resized(x, *norm)), pre_logits=True)
     if backbone != 'dinov2': raise ValueError(f"backbone must be 'efficientnet' or 'dinov2', got {backbone!r}")
     name = 'timm/vit_small_patch14_dinov2.lvd142m'
-    try:
-        overlay = {'file': str(weights or hub_file(name, 'model.safetensors'))}
-        net = timm.create_model('vit_small_patch14_dinov2', pretrained=True, num_classes=0, img_size=224, pretrained_cfg_overlay=overlay).eval().requires_grad_(False)
+    try: file = Path(weights) if weights else hub_file(name, 'model.safetensors')
     except Exception as e:
-        raise ConnectionError(f'the weights of DINOv2 ({weights or name}) could not be loaded ({type(e).__name__}): connect to the network once, give a local file, or choose efficientnet') from e
+        raise ConnectionError(f'the weights of DINOv2 ({name}) could not be loaded: {hub_advice(e, name)}, '
+                              'give a local file, or choose efficientnet') from e
+    options: dict[str, Any] = dict(num_classes=0, img_size=224, pretrained_cfg_overlay={'file': str(file)})
+    try: net = timm.create_model('vit_small_patch14_dinov2', pretrained=True, **options).eval().requires_grad_(False)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
+        raise ValueError(f"{file} holds no weights of DINOv2 in timm's names, or is damaged "
+                         f"({type(e).__name__}): give another file") from e
     return lambda x: net.to(x.device)(_resized(x, (.485, .456, .406), (.229, .224, .225)))
 
 def efficientnet_distance(

@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -61,9 +62,11 @@ def check_guidance(
     "Raise `ValueError` for a negative scale, for an interval that is empty, and for one in which no step begins."
     check_range(0, guidance=guidance)
     begin, end = interval
-    if not 0 <= begin < end <= 1: raise ValueError(f'guidance from {begin} to {end} is an empty interval: times must be 0 <= from < to <= 1')
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f'guidance from {begin} to {end} is an empty interval: times must be 0 <= from < to <= 1')
     if guidance == 1. or times is None or any(begin <= t <= end for t in times): return
-    raise ValueError(f'none of the {len(times)} steps begins between {begin} and {end}, where guidance applies: take more steps or a longer interval')
+    raise ValueError(f'none of the {len(times)} steps begins between {begin} and {end}, where guidance '
+                     'applies: take more steps or a longer interval')
 
 def check_classes(
     labels: Tensor,               # classes [N]
@@ -74,7 +77,8 @@ def check_classes(
     if labels.is_floating_point(): raise ValueError(f'classes must be integers, got {labels.dtype}')
     for what, y in (('class index', labels), ('negative class', torch.tensor([] if negative is None else [negative]))):
         if classes is not None and len(y) and not (0 <= y.min() and y.max() < classes):
-            raise ValueError(f'{what} {int(y.min() if y.min() < 0 else y.max())} is out of range: this model knows classes 0 to {classes - 1}')
+            raise ValueError(f'{what} {int(y.min() if y.min() < 0 else y.max())} is out of range: '
+                             f'this model knows classes 0 to {classes - 1}')
 
 # %% ../nbs/09_sampling.ipynb #6a6bc8bb
 def runge_kutta(
@@ -237,7 +241,10 @@ def sample(
     on_step: Callable | None = None, # called with (t, positions of the batch) after every step; not for 'adaptive'
     progress: bool = False        # show a progress bar
 ) -> Tensor: # latents in flow coordinates [N, d, h, w], float32, on the model's device
-    "Integrate from noise (t=0) to data (t=1). Raises `ValueError` for unknown methods, numbers or classes out of range, and guidance that would do nothing."
+    """Integrate from noise (t=0) to data (t=1).
+
+    Raises `ValueError` for unknown methods, numbers or classes out of range, and guidance that would do nothing.
+    """
     if method not in (*METHODS, 'adaptive'): raise ValueError(f'unknown method {method!r}: choose one of {", ".join(METHODS)}, adaptive')
     if precision not in ('float32', 'bf16'): raise ValueError(f'precision must be float32 or bf16, got {precision!r}')
     check_range(1, steps=steps, batch_size=batch_size)
@@ -290,7 +297,8 @@ def load_run(
     try:
         record = json.loads((folder/'state.json').read_text())
         model = SiT.from_pretrained(folder/'ema')
-    except Exception as e: raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+        raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
     return model.to(device).eval().requires_grad_(False), arm_path(record['config']['arm'], record['config'].get('project_velocity', True)), record
 
 def tokenizer_for(

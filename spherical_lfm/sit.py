@@ -172,7 +172,8 @@ class SiT(ModelMixin, ConfigMixin):
         "A model of a published size. Raises `ValueError` for other names."
         size, _, patch = name.removeprefix('SiT-').partition('/')
         if size not in SIZES or patch not in ('1', '2', '4', '8'):
-            raise ValueError(f"unknown model {name!r}: choose SiT-SIZE/PATCH with size {', '.join(SIZES)} and patch 1, 2, 4 or 8")
+            raise ValueError(f"unknown model {name!r}: "
+                             f"choose SiT-SIZE/PATCH with size {', '.join(SIZES)} and patch 1, 2, 4 or 8")
         width, depth, heads = SIZES[size]
         return cls(**dict(patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads) | kwargs)
 
@@ -207,18 +208,22 @@ class SiT(ModelMixin, ConfigMixin):
             out = state['final_layer.linear.weight'].shape[0]//patch**2
             classes = state['y_embedder.embedding_table.weight'].shape[0] - 1
             ratio = state['blocks.0.mlp.fc1.weight'].shape[0]/width
-        except KeyError as e: raise ValueError(f'this is no SiT checkpoint: it has no {e}; give one with the published names') from e
+        except KeyError as e:
+            raise ValueError(f'this is no SiT checkpoint: it has no {e}; give one with the published names') from e
         depth = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.'))
         heads = num_heads or next((h for w, _, h in SIZES.values() if w == width), None)
         if heads is None: raise ValueError(f'width {width} is not a published size: give num_heads')
         model = cls(side*patch, patch, channels, width, depth, heads, ratio, classes, out == 2*channels, reverse_time)
         try: missing, unknown = model.load_state_dict(state, strict=False)
-        except RuntimeError as e: raise ValueError(f'this checkpoint has the names of a SiT and other shapes: {" ".join(str(e).split())[:200]}') from e
+        except RuntimeError as e:
+            raise ValueError(f'this checkpoint has the names of a SiT and other shapes: '
+                             f'{" ".join(str(e).split())[:200]}') from e
         if missing or unknown: raise ValueError(f'checkpoint does not fit SiT: missing {missing[:3]}, unknown {unknown[:3]}')
         return model.eval()
 
 # %% ../nbs/07_sit.ipynb #7d727cd2
 def _read_state(source: str | Path | dict) -> dict:
-    "The tensors of a SiT from memory or from a file, opened without executing anything; the EMA weights if a training checkpoint holds several."
+    "The tensors of a SiT from memory or a file, opened without executing anything; EMA weights if there are several."
     state = find_state(source if isinstance(source, dict) else open_tensors(source), 'x_embedder.proj.weight')
-    return {k: v for k, v in state.items() if not k.startswith('projectors.')} # REPA's heads serve its training loss alone
+    # REPA's heads serve its training loss alone
+    return {k: v for k, v in state.items() if not k.startswith('projectors.')}

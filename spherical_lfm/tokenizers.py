@@ -74,7 +74,9 @@ def write_json(
     value: dict       # what
 ):
     "Write `value` as JSON, whole or not at all. Raises `ValueError` for NaN and Inf, which JSON does not have."
-    if place := _not_finite(value): raise ValueError(f'{path} is not written: {place} is NaN or infinite, so something went wrong before; look at the images and the weights')
+    if place := _not_finite(value):
+        raise ValueError(f'{path} is not written: {place} is NaN or infinite, so something went wrong '
+                         'before; look at the images and the weights')
     with atomic_write(path) as f: f.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
 
 def _not_finite(value: Any, at: str = 'the value') -> str | None:
@@ -92,7 +94,8 @@ def read_json(
 ) -> dict:
     "A JSON object. Raises `FileNotFoundError`, or `ValueError` if it is something else, with one sentence."
     try: found = json.loads(Path(path).read_text())
-    except (FileNotFoundError, NotADirectoryError) as e: raise FileNotFoundError(f'no {what}: {path} is missing; {remedy}') from e
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise FileNotFoundError(f'no {what}: {path} is missing; {remedy}') from e
     except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path} is no {what}, but damaged or another kind of file; {remedy}') from e
     lacks = [k for k in keys if k not in found] if isinstance(found, dict) else ['names']
@@ -534,8 +537,9 @@ def convert_ldm_autoencoder(
 # %% ../nbs/02_tokenizers.ipynb #5b64e3cc
 def _harmless() -> list:
     "What may lie beside tensors in a checkpoint: arguments, paths (as names that touch no disk) and numbers of numpy."
-    kinds = {'PosixPath': PurePosixPath, 'WindowsPath': PureWindowsPath, 'PurePosixPath': PurePosixPath, 'PureWindowsPath': PureWindowsPath}
-    paths = [(kind, f'{module}.{name}') for module in ('pathlib', 'pathlib._local') for name, kind in kinds.items()]
+    names = {PurePosixPath: ('PosixPath', 'PurePosixPath'), PureWindowsPath: ('WindowsPath', 'PureWindowsPath')}
+    modules = 'pathlib', 'pathlib._local'
+    paths = [(kind, f'{module}.{name}') for kind, known in names.items() for name in known for module in modules]
     scalar = np.float64(0).__reduce__()[0]
     numbers = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
     return [argparse.Namespace, *paths, *numbers, np.dtype, *{type(np.dtype(c)) for c in '?bBhHiIlLqQefd'}]
@@ -548,17 +552,24 @@ def _strangers(path: Path) -> list[str]:
 def open_tensors(
     path: str | Path # a .safetensors file, or a checkpoint that torch has written
 ) -> dict: # what it holds: names -> tensors, perhaps nested
-    "Open a checkpoint without executing anything in it. Raises `FileNotFoundError`, or `ValueError` if it is damaged or holds more than tensors and plain values."
+    """Open a checkpoint without executing anything in it.
+
+    Raises `FileNotFoundError`, or `ValueError` if it is damaged or holds more than tensors and plain values.
+    """
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no checkpoint at {path}: give a .safetensors or .pt file')
     with torch.serialization.safe_globals(_harmless()):
-        try: found = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+        try:
+            if path.suffix == '.safetensors': found = load_file(path)
+            else: found = torch.load(path, map_location='cpu', weights_only=True)
         except PermissionError: raise
         except Exception as e:
             if odd := _strangers(path):
-                raise ValueError(f'{path} holds more than tensors ({", ".join(odd[:3])}), which could run code and stays closed: save its state dict alone') from e
+                raise ValueError(f'{path} holds more than tensors ({", ".join(odd[:3])}), which could run '
+                                 'code and stays closed: save its state dict alone') from e
             raise ValueError(f'{path} is damaged or no checkpoint ({type(e).__name__}): fetch or save it again') from e
-    if not isinstance(found, dict): raise ValueError(f'{path} holds no named tensors, but a {type(found).__name__}: save a state dict')
+    if not isinstance(found, dict):
+        raise ValueError(f'{path} holds no named tensors, but a {type(found).__name__}: save a state dict')
     return found
 
 # %% ../nbs/02_tokenizers.ipynb #306eea12
@@ -575,14 +586,14 @@ def find_state(
     tree: dict,  # from `open_tensors`
     marker: str  # a tensor that the network surely has, by its own name
 ) -> dict: # the network's tensors under their own names; empty if there are none
-    "The tensors of a network in a training checkpoint, at any depth and under any prefix; averaged weights if there are some."
+    "A network's tensors in a training checkpoint, at any depth and under any prefix; averaged ones if there are some."
     found = []
     for at, part in _dicts(tree):
         state = {_WRAPPERS.sub('', k): v for k, v in part.items() if torch.is_tensor(v)}
         for name in state:
-            if f'.{name}'.endswith(f'.{marker}'): found.append((at + name.removesuffix(marker), name.removesuffix(marker), state))
+            if f'.{name}'.endswith(f'.{marker}'): found.append((at, name.removesuffix(marker), state))
     if not found: return {}
-    averaged = [f for f in found if re.search(r'(^|[._])ema([._]|$)', f[0].lower())]
+    averaged = [f for f in found if re.search(r'(^|[._])ema([._]|$)', (f[0] + f[1]).lower())]
     _, prefix, state = (averaged or found)[0]
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
@@ -653,11 +664,15 @@ def hub_advice(
         chain.append(error)
         error = error.__cause__ or error.__context__
     def among(*kinds): return any(isinstance(e, kinds) for e in chain)
-    if among(GatedRepoError): return f'it is gated: accept the licence on {constants.ENDPOINT}/{repository} and log in with `hf auth login`'
-    if among(RepositoryNotFoundError): return 'there is no such public repository: check the name, or log in with `hf auth login` if it is private'
-    if among(EntryNotFoundError) and not among(LocalEntryNotFoundError): return 'the repository has no such file: give a local folder'
+    if among(GatedRepoError):
+        return f'it is gated: accept the licence on {constants.ENDPOINT}/{repository} and log in with `hf auth login`'
+    if among(RepositoryNotFoundError):
+        return 'there is no such public repository: check the name, or log in with `hf auth login` if it is private'
+    if among(EntryNotFoundError) and not among(LocalEntryNotFoundError):
+        return 'the repository has no such file: give a local folder'
     refused = [e for e in chain if isinstance(e, OSError) and str(e.filename or '').startswith(constants.HF_HOME)]
-    if refused: return f'the cache {constants.HF_HOME} cannot be written ({refused[0].strerror}): set HF_HOME to a folder that can'
+    reason = refused[0].strerror if refused else ''
+    if refused: return f'the cache {constants.HF_HOME} cannot be written ({reason}): set HF_HOME to a folder that can'
     return 'connect to the network once'
 
 # %% ../nbs/02_tokenizers.ipynb #be6b1b54
@@ -674,7 +689,8 @@ def _files(place: str | Path, format: str) -> list[Path]:
             continue
         try: found.append(hub_file(place, name))
         except Exception as e:
-            raise FileNotFoundError(f'{name} of {place} is neither in the Hugging Face cache nor could it be downloaded: {hub_advice(e, place)}, '
+            raise FileNotFoundError(f'{name} of {place} is neither in the Hugging Face cache nor could it '
+                                    f'be downloaded: {hub_advice(e, place)}, '
                                     f'or put {" and ".join(_FILES[format])} into a folder and give its path') from e
     return found
 
@@ -687,7 +703,8 @@ def _format(folder: Path) -> str:
 def _load_taef2(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     "TAEF2 from its two files, which carry no statistics."
     encoder, decoder = _files(place, 'taef2')
-    state = {f'{half}.{k}': v for half, f in (('encoder', encoder), ('decoder', decoder)) for k, v in open_tensors(f).items()}
+    halves = ('encoder', encoder), ('decoder', decoder)
+    state = {f'{half}.{k}': v for half, f in halves for k, v in open_tensors(f).items()}
     return _fitting(AutoencoderTAEF2(), state, encoder.parent), LatentTransform()
 
 def _load_vavae(place: str | Path) -> tuple[nn.Module, LatentTransform]:
@@ -695,22 +712,26 @@ def _load_vavae(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     weights, stats = _files(place, 'vavae')
     state, moments = find_state(open_tensors(weights), 'encoder.conv_in.weight'), open_tensors(stats)
     model = _fitting(AutoencoderKL(**VAVAE_CONFIG), convert_ldm_autoencoder(state), weights)
-    if not {'mean', 'std'} <= moments.keys(): raise ValueError(f'{stats} holds no mean and std: fetch {_FILES["vavae"][1]} again')
+    if not {'mean', 'std'} <= moments.keys():
+        raise ValueError(f'{stats} holds no mean and std: fetch {_FILES["vavae"][1]} again')
     return model, LatentTransform(mean=moments['mean'].flatten().tolist(), std=moments['std'].flatten().tolist())
 
 # %% ../nbs/02_tokenizers.ipynb #4277512b
 def _no_autoencoder(where: str, folder: str | Path, error: BaseException) -> FileNotFoundError:
     "What of an autoencoder is missing, where it was looked for, and what to do."
     wanted = f'no autoencoder at {where}: wanted config.json and diffusion_pytorch_model.safetensors, looked there'
-    if Path(folder).exists(): return FileNotFoundError(f'{wanted}; give the path of a local diffusers folder')
-    return FileNotFoundError(f'{wanted} and in the Hugging Face cache; give the path of a local diffusers folder; or {hub_advice(error, str(folder))}')
+    give = 'give the path of a local diffusers folder'
+    if Path(folder).exists(): return FileNotFoundError(f'{wanted}; {give}')
+    return FileNotFoundError(f'{wanted} and in the Hugging Face cache; {give}; or {hub_advice(error, str(folder))}')
 
 def _autoencoder_class(where: str, config: dict) -> Any:
     "The class that a config names."
     name = config.get('_class_name', '')
     if name == 'AutoencoderTAEF2': return AutoencoderTAEF2
     found = getattr(diffusers, name, None) if name.startswith('Autoencoder') else None
-    if found is None: raise ValueError(f'{where}/config.json names {name!r}, which is not a diffusers autoencoder: give another folder')
+    if found is None:
+        raise ValueError(f'{where}/config.json names {name!r}, which is not a diffusers autoencoder: '
+                         'give another folder')
     return found
 
 def _variant(place: Path) -> str | None:
@@ -725,16 +746,20 @@ def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Mo
     local = Path(folder).exists()
     if subfolder is None and (Path(folder)/'vae'/'config.json').exists() and not (Path(folder)/'config.json').exists(): subfolder = 'vae'
     where = f'{folder}/{subfolder}' if subfolder else str(folder)
-    if local and (Path(where)/'config.json').exists(): read_json(Path(where)/'config.json', 'config of an autoencoder', 'fetch or save the folder again')
+    file = Path(where)/'config.json'
+    if local and file.exists(): read_json(file, 'config of an autoencoder', 'fetch or save the folder again')
     options: dict[str, Any] = dict(subfolder=subfolder, local_files_only=not local and not _hub_answers())
     try: config = AutoencoderKL.load_config(folder, **options)
     except OSError as e: raise _no_autoencoder(where, folder, e) from e
     cls = _autoencoder_class(where, config)
     options |= dict(use_safetensors=True, output_loading_info=True, variant=_variant(Path(where)))
     try: model, info = cls.from_pretrained(folder, **options)
-    except ImportError as e: raise ValueError(f'{cls.__name__} needs a package that is not installed: {str(e).strip().splitlines()[0]}') from e
+    except ImportError as e:
+        raise ValueError(f'{cls.__name__} needs a package that is not installed: '
+                         f'{str(e).strip().splitlines()[0]}') from e
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        if isinstance(e, OSError) and not [*Path(where).glob('diffusion_pytorch_model*.safetensors')]: raise _no_autoencoder(where, folder, e) from e
+        if isinstance(e, OSError) and not [*Path(where).glob('diffusion_pytorch_model*.safetensors')]:
+            raise _no_autoencoder(where, folder, e) from e
         raise ValueError(f'the weights in {where} are damaged or do not fit its config.json: {str(e).splitlines()[0]}') from e
     odd = [f'{len(info[k])} {k.removesuffix("_keys")} (first: {list(info[k])[0]})' for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info[k]]
     if odd: raise ValueError(f'the weights in {where} do not fit its config.json: {", ".join(odd)} tensors')
@@ -762,7 +787,8 @@ def load_tokenizer(
     if format == 'diffusers': model = _load_autoencoder(place, subfolder)
     else: model, transform = {'taef2': _load_taef2, 'vavae': _load_vavae}[format](place)
     record = Path(place)/'tokenizer.json'
-    saved = read_json(record, 'record of a tokenizer', 'save the tokenizer again', ('transform',)) if record.exists() else {}
+    saved = {}
+    if record.exists(): saved = read_json(record, 'record of a tokenizer', 'save the tokenizer again', ('transform',))
     if saved: transform = LatentTransform(**saved['transform'])
     spherical = saved.get('spherical', False) if spherical is None else spherical
     name = str(name_or_path) if known else saved.get('name') or (Path(place).resolve().name if format == 'diffusers' else format)

@@ -69,8 +69,10 @@ class TrainConfig:
         self.betas = tuple(self.betas)
         for field, allowed in (('precision', ('float32', 'bf16')), ('time_sampling', ('uniform', 'logit-normal')), ('coupling', ('independent', 'transport')), ('parallel', ('ddp', 'fsdp'))):
             if getattr(self, field) not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {getattr(self, field)!r}')
-        check_range(1, **{k: getattr(self, k) for k in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'accumulate', 'window')})
-        check_range(0, **{k: getattr(self, k) for k in ('warmup', 'weight_decay', 'max_grad_norm', 'keep')})
+        values = asdict(self)
+        counts = 'steps', 'batch_size', 'log_every', 'checkpoint_every', 'accumulate', 'window'
+        check_range(1, **{k: values[k] for k in counts})
+        check_range(0, **{k: values[k] for k in ('warmup', 'weight_decay', 'max_grad_norm', 'keep')})
         check_range(0, 1, label_dropout=self.label_dropout, ema_decay=self.ema_decay)
         check_range(1e-12, lr=self.lr)
         shift_time(torch.tensor(.5), self.time_shift)
@@ -145,7 +147,9 @@ class Trainer(ResumableRun):
         self.config, self.data, self.out, self.path, self.name = config, data, Path(out), arm_path(config.arm, config.project_velocity), config.arm
         if data.spherical != self.path.spherical: raise ValueError(f'arm {config.arm} needs LatentDataset(..., spherical={self.path.spherical})')
         classes = classes or data.classes
-        if data.y.min() < 0 or data.classes > classes: raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are 0 to {classes - 1}: give more classes, or encode other labels')
+        if data.y.min() < 0 or data.classes > classes:
+            raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are '
+                             f'0 to {classes - 1}: give more classes, or encode other labels')
         d, h, w = data.index['shape']
         if h != w: raise ValueError(f'SiT takes square latents, got {h} x {w}')
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
