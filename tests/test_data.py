@@ -32,7 +32,7 @@ def test_the_stages_that_make_the_data(tmp_path, monkeypatch):
     assert 5 < quality(retrained) < quality(stored)
     study = json.loads((tmp_path/'results'/'digits_comparison.json').read_text())
     assert {r['arm'] for r in study['rows']} == {'vanilla-linear', 'vanilla-shell', 'spherical-linear', 'spherical-slerp'}
-    for r in study['rows']: assert r['steps'] == 12 and r['fid'] > 0 and 0 <= r['accuracy'] <= 1
+    for r in study['rows']: assert r['steps'] == 12 and r['fd'] > 0 and 0 <= r['accuracy'] <= 1
 
 
 def test_stored_tokenizers_share_latents_and_differ_in_decoders():
@@ -184,7 +184,7 @@ def test_evaluate_agrees_with_features_and_depends_on_what_it_records():
     test, _ = digits_images('test')
     figures = evaluate(test, train, 'digits', 'digits train')
     direct = frechet_distance(extract_features(test, 'digits'), extract_features(train, 'digits'))
-    assert figures['fid'] == pytest.approx(direct, rel=1e-3)
+    assert figures['fd'] == pytest.approx(direct, rel=1e-3)
     assert figures['protocol']['samples'] == 359 and figures['protocol']['extractor'] == 'digits'
     assert 4 < figures['is'] <= 10 and figures['precision'] > .5
 
