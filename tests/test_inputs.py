@@ -491,7 +491,8 @@ for name in ('flux2', 'taef2', 'repae-flux1', 'sd'):
     if name == 'sd': constants.HF_HOME, constants.HF_HUB_CACHE = '/proc/none', '/proc/none/hub'
     try: load_tokenizer(name)
     except OSError as e: print(e)"""
-    env = os.environ | {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path), 'NO_PROXY': '*'}
+    address = f'http://127.0.0.1:{server.server_port}'
+    env = os.environ | {'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path), 'NO_PROXY': '*'}
     for k in ('HF_HUB_OFFLINE', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'): env.pop(k, None)
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=env, check=True)
     gated, lacking, nowhere, closed = result.stdout.splitlines()
