@@ -1,11 +1,12 @@
-"""Plant the faults of `scripts/faults.py` one at a time in a copy, run the tests that should see each, and print a table.
+"""Plant the faults of `scripts/faults.py` one at a time in a copy, run the tests that should see each, print a table.
 
     python scripts/plant_faults.py                       all of them, two at a time: some five minutes
-    python scripts/plant_faults.py --only warm-up        those whose module or name holds these words
+    python scripts/plant_faults.py --only warm-up sit    those whose module or name holds one of these
     python scripts/plant_faults.py --json table.json     the table as a file as well
 
-A fault is *seen* if at least one of its tests fails, *stale* if its old text does not stand exactly once in its module and in its notebook. Every fault
-has a process of its own that finds the large libraries imported already; the package comes from the copy.
+A fault is *seen* if at least one of its tests fails, *stale* if its old text does not stand exactly once in its
+module and in its notebook. Every fault has a process of its own that finds the large libraries imported already; the
+package comes from the copy.
 """
 import argparse
 import contextlib
@@ -25,8 +26,10 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ('spherical_lfm', 'nbs', 'tests', 'scripts', 'pyproject.toml', 'settings.ini')
-LIBRARIES = ['pytest', 'torch', 'torchvision', 'accelerate', 'datasets', 'diffusers.models.autoencoders.autoencoder_kl', 'timm', 'torch_fidelity',
-             'lpips', 'scipy.stats', 'scipy.optimize', 'skimage.metrics', 'sklearn.datasets', 'pandas', 'matplotlib.pyplot', 'tqdm.auto']
+LIBRARIES = ['pytest', 'torch', 'torchvision', 'accelerate', 'datasets', 'diffusers.models.autoencoders.autoencoder_kl',
+             'timm', 'torch_fidelity',
+             'lpips', 'scipy.stats', 'scipy.optimize', 'skimage.metrics', 'sklearn.datasets', 'pandas',
+             'matplotlib.pyplot', 'tqdm.auto']
 
 OPTIONS = ['-x', '-q', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:unraisableexception', '-o', 'addopts=']
 
@@ -39,7 +42,8 @@ def notebook_of(module: str, root: Path = ROOT) -> Path:
 
 def exported(cell: dict) -> bool:
     "Whether a cell goes into the package."
-    return cell['cell_type'] == 'code' and any(line.startswith(('#| export', '#|export')) for line in ''.join(cell['source']).splitlines()[:3])
+    return cell['cell_type'] == 'code' and any(line.startswith(('#| export', '#|export'))
+                                               for line in ''.join(cell['source']).splitlines()[:3])
 
 
 def stale(fault: Fault, root: Path = ROOT) -> str:
@@ -97,7 +101,8 @@ def failing(tests: list, root: Path) -> list[str]:
         status = pytest.main([*OPTIONS, *listed], plugins=[Listener()]) if listed else 0
     if status not in (0, 1): seen.append(f'pytest ended with {int(status)}')
     for book in (t.removeprefix('nb:') for t in tests if t.startswith('nb:')):
-        run = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--path', f'nbs/{book}.ipynb'], cwd=root, capture_output=True, text=True,
+        run = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--path', f'nbs/{book}.ipynb'], cwd=root,
+                             capture_output=True, text=True,
                              env=os.environ | {'PYTHONPATH': str(root)})
         if run.returncode: seen.append(book)
     return seen
@@ -118,7 +123,8 @@ def judge(fault: Fault | None, tests: tuple = ()) -> dict:
 
 def pool(jobs: int):
     "Processes that start with the libraries imported, each for one fault."
-    os.environ |= {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONDONTWRITEBYTECODE': '1', 'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'}
+    os.environ |= {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONDONTWRITEBYTECODE': '1',
+                   'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'}
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([n for n in LIBRARIES if importlib.util.find_spec(n.split('.')[0])])
     return context.Pool(jobs, maxtasksperchild=1)
@@ -127,11 +133,11 @@ def pool(jobs: int):
 def main():
     "Plant what was asked for and print the table."
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--only', default='', help='plant only faults whose module or name holds this text')
+    parser.add_argument('--only', nargs='+', default=[''], help='only faults whose module or name holds one of these')
     parser.add_argument('--jobs', type=int, default=2, help='faults at a time')
     parser.add_argument('--json', type=Path, help='write the table to this file as well')
     args = parser.parse_args()
-    chosen = [f for f in FAULTS if args.only in f'{f.module} {f.name}']
+    chosen = [f for f in FAULTS if any(words in f'{f.module} {f.name}' for words in args.only)]
     tests = sorted({t for f in chosen for t in f.seen_by})
     rows = []
     with pool(args.jobs) as workers:
@@ -139,7 +145,9 @@ def main():
         if healthy['by']: sys.exit(f'these tests fail without any fault: {", ".join(healthy["by"])}')
         for fault, found in zip(chosen, workers.imap(judge, chosen)):
             rows.append({'module': fault.module, 'fault': fault.name, 'claim': fault.claim, **found})
-            print(f'{found["verdict"]:>8} {found["seconds"]:5.1f} s  {fault.module:>13}: {fault.name}  [{", ".join(found["by"])}]', flush=True)
+            by = ', '.join(found['by'])
+            verdict, seconds = found['verdict'], found['seconds']
+            print(f'{verdict:>8} {seconds:5.1f} s  {fault.module:>13}: {fault.name}  [{by}]', flush=True)
     counts = {v: sum(r['verdict'] == v for r in rows) for v in ('seen', 'not seen', 'stale', 'broken')}
     print(f'{len(rows)} faults: ' + ', '.join(f'{n} {v}' for v, n in counts.items()))
     if args.json: args.json.write_text(json.dumps({'counts': counts, 'rows': rows}, indent=1) + '\n')

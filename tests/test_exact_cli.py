@@ -22,7 +22,8 @@ def stop(_): raise Stop
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp('cli')
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), root/'latents', flip=False, order=torch.arange(40), progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), root/'latents', flip=False, order=torch.arange(40),
+                   progress=False)
     config = TrainConfig(model='SiT-Ti/2', steps=2, batch_size=8, checkpoint_every=1, log_every=1)
     Trainer(config, LatentDataset(root/'latents', spherical=True), root/'run').fit(progress=False)
     return SimpleNamespace(root=root, run=str(root/'run'), latents=str(root/'latents'))
@@ -34,15 +35,21 @@ def words(options: dict) -> list[str]:
 
 
 def test_options_of_training(place, monkeypatch, tmp_path):
-    options = dict(model='SiT-Ti/4', steps=7, batch_size=12, lr=.003, warmup=5, ema_decay=.8, max_grad_norm=.7, label_dropout=.2, time_sampling='logit-normal', time_shift=2.,
-                   coupling='transport', jacobi=True, precision='bf16', compile=True, accumulate=3, checkpointing=True, parallel='fsdp', seed=4, log_every=3, checkpoint_every=6, keep=2)
+    options = dict(model='SiT-Ti/4', steps=7, batch_size=12, lr=.003, warmup=5, ema_decay=.8, max_grad_norm=.7,
+                   label_dropout=.2, time_sampling='logit-normal', time_shift=2.,
+                   coupling='transport', jacobi=True, precision='bf16', compile=True, accumulate=3, checkpointing=True,
+                   parallel='fsdp', seed=4, log_every=3, checkpoint_every=6, keep=2)
     recorder = Recorder(monkeypatch, cli, 'Trainer', stop)
-    with pytest.raises(Stop): cli.slfm_train([place.latents, str(tmp_path/'out'), '--arm', 'spherical-slerp', *words(options)])
+    with pytest.raises(Stop):
+        cli.slfm_train([place.latents, str(tmp_path/'out'), '--arm', 'spherical-slerp', *words(options)])
     config = asdict(recorder.calls[0]['config'])
     assert {k: config[k] for k in options} == options and config['arm'] == 'spherical-slerp'
-    with pytest.raises(Stop): cli.slfm_train([place.latents, str(tmp_path/'out'), '--arm', 'vanilla-shell', '--preset', 'digits', '--lr', '.5'])
+    with pytest.raises(Stop):
+        cli.slfm_train([place.latents, str(tmp_path/'out'), '--arm', 'vanilla-shell', '--preset', 'digits', '--lr',
+                        '.5'])
     given = recorder.calls[1]
-    assert (given['config'].arm, given['config'].lr, given['config'].steps, given['config'].flip, given['data'].spherical) == ('vanilla-shell', .5, 1200, False, False)
+    assert (given['config'].arm, given['config'].lr, given['config'].steps, given['config'].flip,
+            given['data'].spherical) == ('vanilla-shell', .5, 1200, False, False)
 
 
 def test_options_of_encoding(monkeypatch, tmp_path):
@@ -50,7 +57,9 @@ def test_options_of_encoding(monkeypatch, tmp_path):
     options = dict(no_flip=True, dtype='bf16', precision='bf16', batch_size=9, shard_size=11, seed=5)
     with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
-    assert {k: given[k] for k in ('flip', 'dtype', 'precision', 'batch_size', 'shard_size')} == dict(flip=False, dtype='bf16', precision='bf16', batch_size=9, shard_size=11)
+    assert {k: given[k] for k in ('flip', 'dtype', 'precision', 'batch_size',
+                                  'shard_size')} == dict(flip=False, dtype='bf16', precision='bf16', batch_size=9,
+                                                         shard_size=11)
     assert torch.equal(given['order'], ImageSource('digits').shuffled(5)) and not given['tokenizer'].spherical
     with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out'), '--seed', '-1'])
     assert recorder.calls[1]['order'] is None and recorder.calls[1]['flip']
@@ -58,15 +67,21 @@ def test_options_of_encoding(monkeypatch, tmp_path):
 
 def test_options_of_sampling(place, monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'sample', stop)
-    options = dict(count=13, steps=6, method='adams2', guidance=2.5, guide_from=.2, guide_to=.6, negative=3, shift=2., tolerance=.3, precision='bf16', step=1, seed=8)
+    options = dict(count=13, steps=6, method='adams2', guidance=2.5, guide_from=.2, guide_to=.6, negative=3, shift=2.,
+                   tolerance=.3, precision='bf16', step=1, seed=8)
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
-    assert {k: given[k] for k in ('steps', 'method', 'guidance', 'interval', 'negative', 'shift', 'tolerance', 'precision', 'seed')} == dict(
-        steps=6, method='adams2', guidance=2.5, interval=(.2, .6), negative=3, shift=2., tolerance=.3, precision='bf16', seed=8)
+    assert {k: given[k] for k in ('steps', 'method', 'guidance', 'interval', 'negative', 'shift', 'tolerance',
+                                  'precision', 'seed')} == dict(
+        steps=6, method='adams2', guidance=2.5, interval=(.2, .6), negative=3, shift=2., tolerance=.3, precision='bf16',
+        seed=8)
     assert len(given['labels']) == 13 and sorted(given['labels'].bincount(minlength=10).tolist()) == [1]*7 + [2]*3
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), '--count', '4', '--label', '6'])
     given = recorder.calls[1]
-    assert given['labels'].tolist() == [6]*4 and given['negative'] is None and given['guidance'] == 1 and given['interval'] == (0, 1)
+    assert given['labels'].tolist() == [6]*4
+    assert given['negative'] is None
+    assert given['guidance'] == 1
+    assert given['interval'] == (0, 1)
 
 
 def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
@@ -77,7 +92,8 @@ def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
     files = sorted((tmp_path/'out').rglob('*.png'), key=lambda f: f.stem)
     model, path, _ = load_run(place.run, 1)
     y = torch.tensor([int(f.parent.name) for f in files])
-    with torch.no_grad(): want = to_uint8(load_tokenizer('digits', spherical=True).decode(sample(model, path, y, steps=3, seed=5)))
+    with torch.no_grad():
+        want = to_uint8(load_tokenizer('digits', spherical=True).decode(sample(model, path, y, steps=3, seed=5)))
     assert len(files) == 12
     for f, x in zip(files, want): assert (read_image(str(f)).int() - x.int()).abs().max() <= 1
 
@@ -85,20 +101,24 @@ def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
 def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'generate', stop)
     options = dict(count=23, steps=6, method='heun', guidance=2.5, precision='bf16', step=1, save='png', seed=8)
-    with pytest.raises(Stop): cli.slfm_evaluate([place.run, 'digits', '--extractor', 'digits', '--size', '16', *words(options)])
+    with pytest.raises(Stop):
+        cli.slfm_evaluate([place.run, 'digits', '--extractor', 'digits', '--size', '16', *words(options)])
     given = recorder.calls[0]
     assert {k: given[k] for k in ('steps', 'method', 'guidance', 'precision', 'save', 'seed', 'extractor')} == dict(
         steps=6, method='heun', guidance=2.5, precision='bf16', save='png', seed=8, extractor='digits')
-    assert len(given['labels']) == 23 and given['tokenizer'].identity == load_tokenizer('digits', spherical=True).identity
+    assert len(given['labels']) == 23
+    assert given['tokenizer'].identity == load_tokenizer('digits', spherical=True).identity
 
 
 def test_options_of_a_comparison(monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'compare', stop)
-    options = dict(images='digits', split='test', arms='vanilla-shell,spherical-linear', out=str(tmp_path/'out'), tokenizer='sd', control='taef2', steps=9, samples=77, no_curve=True, seed=3)
+    options = dict(images='digits', split='test', arms='vanilla-shell,spherical-linear', out=str(tmp_path/'out'),
+                   tokenizer='sd', control='taef2', steps=9, samples=77, no_curve=True, seed=3)
     with pytest.raises(Stop): cli.slfm_compare(['digits', *words(options)])
     given = recorder.calls[0]
     preset = given['preset']
-    assert (preset.tokenizer, preset.control, preset.samples, preset.train['steps'], preset.train['lr']) == ('sd', 'taef2', 77, 9, 1e-3)
+    assert (preset.tokenizer, preset.control, preset.samples, preset.train['steps'],
+            preset.train['lr']) == ('sd', 'taef2', 77, 9, 1e-3)
     assert (given['images'].source, given['images'].split) == ('digits', 'test')
     assert (given['arms'], given['seed'], given['curve']) == (('vanilla-shell', 'spherical-linear'), 3, False)
     with pytest.raises(Stop): cli.slfm_demo(['--arms', 'all', '--seed', '4', '--out', str(tmp_path/'out')])
@@ -107,13 +127,16 @@ def test_options_of_a_comparison(monkeypatch, tmp_path):
 
 def test_options_of_finetuning(monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'finetune_study', stop)
-    options = dict(held_out='digits', held_out_count=21, size=16, arms='control', steps=8, batch_size=4, lr=.002, perceptual='none', discriminator_start=3, precision='bf16',
+    options = dict(held_out='digits', held_out_count=21, size=16, arms='control', steps=8, batch_size=4, lr=.002,
+                   perceptual='none', discriminator_start=3, precision='bf16',
                    extractor='digits', no_flip=True, seed=6, log_every=2, checkpoint_every=5)
     with pytest.raises(Stop): cli.slfm_finetune(['digits', 'digits', str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
     config = asdict(given['config'])
-    assert {k: config[k] for k in ('steps', 'batch_size', 'lr', 'perceptual', 'discriminator_start', 'precision', 'seed', 'log_every', 'checkpoint_every')} == {
-        k: options[k] for k in ('steps', 'batch_size', 'lr', 'perceptual', 'discriminator_start', 'precision', 'seed', 'log_every', 'checkpoint_every')}
+    assert {k: config[k] for k in ('steps', 'batch_size', 'lr', 'perceptual', 'discriminator_start', 'precision',
+                                   'seed', 'log_every', 'checkpoint_every')} == {
+        k: options[k] for k in ('steps', 'batch_size', 'lr', 'perceptual', 'discriminator_start', 'precision', 'seed',
+                                'log_every', 'checkpoint_every')}
     assert config['flip'] is False and tuple(given['arms']) == ('control',) and given['extractor'] == 'digits'
     test = digits_images('test')[0]
     gap = torch.cdist(given['held_out'].flatten(1), test.flatten(1)).min(1).values
@@ -122,12 +145,18 @@ def test_options_of_finetuning(monkeypatch, tmp_path):
 
 def test_options_of_probing_and_analysing(monkeypatch, tmp_path):
     probe = Recorder(monkeypatch, cli, 'probe_study', stop)
-    with pytest.raises(Stop): cli.slfm_probe(['digits', 'digits', *words(dict(out=str(tmp_path/'p'), size=16, count=30, neighbours='any', distances='pixel', sensitivity_count=9, batch_size=5, seed=2))])
+    with pytest.raises(Stop):
+        cli.slfm_probe(['digits', 'digits', *words(dict(out=str(tmp_path/'p'), size=16, count=30, neighbours='any',
+                                                        distances='pixel', sensitivity_count=9, batch_size=5, seed=2))])
     given = probe.calls[0]
     assert {k: given[k] for k in ('count', 'neighbours', 'sensitivity_count', 'batch_size', 'seed')} == dict(
         count=30, neighbours='any', sensitivity_count=9, batch_size=5, seed=2)
     assert list(given['distances'][0]) == ['pixel']
     analyze = Recorder(monkeypatch, cli, 'analyze_study', stop)
-    with pytest.raises(Stop): cli.slfm_analyze(['digits', 'digits', *words(dict(out=str(tmp_path/'a'), size=16, count=30, name='mine', statistics='measure', pack=2, batch_size=5, seed=2))])
+    with pytest.raises(Stop):
+        cli.slfm_analyze(['digits', 'digits', *words(dict(out=str(tmp_path/'a'), size=16, count=30, name='mine',
+                                                          statistics='measure', pack=2, batch_size=5, seed=2))])
     given = analyze.calls[0]
-    assert {k: given[k] for k in ('limit', 'name', 'statistics', 'pack', 'batch_size', 'seed')} == dict(limit=30, name='mine', statistics='measure', pack=2, batch_size=5, seed=2)
+    assert {k: given[k] for k in ('limit', 'name', 'statistics', 'pack', 'batch_size',
+                                  'seed')} == dict(limit=30, name='mine', statistics='measure', pack=2, batch_size=5,
+                                                   seed=2)

@@ -36,7 +36,8 @@ def test_images_are_rounded_to_8_bits():
     x = torch.linspace(-1.2, 1.2, 1201).view(1, 1, 1, -1).expand(1, 3, 1, -1)
     want = np.clip(np.round((x.double().numpy() + 1)*127.5), 0, 255)
     found = fidelity.to_uint8(x)
-    assert found.dtype == torch.uint8 and (np.abs(found.numpy() - want) > 0).mean() < .002  # exact halves may go either way
+    # exact halves may go either way
+    assert found.dtype == torch.uint8 and (np.abs(found.numpy() - want) > 0).mean() < .002
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(fidelity.to_uint8(levels.float()/127.5 - 1), levels)
 
@@ -49,7 +50,8 @@ def test_digit_features_are_those_of_the_rounded_images():
     torch.testing.assert_close(found['features'], features, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found['logits'], net.logits(rounded), atol=1e-4, rtol=1e-4)
     assert (features - net(x)).abs().max() > 1e-3, 'rounding matters here'
-    torch.testing.assert_close(fidelity.feature_function('digits')(fidelity.to_uint8(x)), features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fidelity.feature_function('digits')(fidelity.to_uint8(x)), features, atol=1e-4,
+                               rtol=1e-4)
 
 
 def test_efficientnet_features_are_timms():
@@ -61,12 +63,14 @@ def test_efficientnet_features_are_timms():
     large = F.interpolate(rounded, size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1)
     with torch.no_grad():
         torch.testing.assert_close(found['logits'], net(large), atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(found['features'], net.forward_head(net.forward_features(large), pre_logits=True), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found['features'], net.forward_head(net.forward_features(large), pre_logits=True),
+                                   atol=1e-3, rtol=1e-3)
         middle = net.blocks[:5](net.bn1(net.conv_stem(large)))
     torch.testing.assert_close(found['spatial'], middle[:, :10].permute(0, 2, 3, 1).flatten(1), atol=1e-3, rtol=1e-3)
 
 
-def scores(samples, reference, metrics=fidelity.FIGURES, **more): return fidelity.score_features(samples, reference, metrics=metrics, **more)
+def scores(samples, reference, metrics=fidelity.FIGURES, **more):
+    return fidelity.score_features(samples, reference, metrics=metrics, **more)
 
 
 def test_the_frechet_distance_of_a_score_is_scipys():
@@ -94,7 +98,8 @@ def test_the_inception_score_by_hand():
     order, each = np.random.default_rng(5), []
     p = torch.softmax(logits.double(), 1).numpy()
     for _ in range(20):
-        for part in np.split(order.permutation(p), 10): each.append(np.exp((part*(np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
+        for part in np.split(order.permutation(p), 10):
+            each.append(np.exp((part*(np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
     assert found == pytest.approx(np.mean(each), rel=.01)
 
 
@@ -107,7 +112,8 @@ def test_precision_and_recall_by_hand():
         "Share of points inside the ball of some other point to its third neighbour."
         radius = np.sort(np.linalg.norm(by[:, None] - by, axis=2), axis=1)[:, 3]
         return (np.linalg.norm(points[:, None] - by, axis=2) <= radius).any(1).mean()
-    assert found['precision'] == pytest.approx(covered(x, y), abs=.02) and found['recall'] == pytest.approx(covered(y, x), abs=.02)
+    assert found['precision'] == pytest.approx(covered(x, y), abs=.02)
+    assert found['recall'] == pytest.approx(covered(y, x), abs=.02)
     assert abs(found['precision'] - found['recall']) > .05, 'they differ here'
 
 
@@ -118,7 +124,8 @@ def test_the_interval_of_the_distance_is_95_percent_of_a_normal():
     value = pick(found, 'fid', 'fd')
     def distance(rows): return frechet(a[rows], b)
     rows = np.arange(150)
-    want = stats.bootstrap((rows,), distance, n_resamples=200, vectorized=False, method='percentile', rng=np.random.default_rng(0)).standard_error
+    want = stats.bootstrap((rows,), distance, n_resamples=200, vectorized=False, method='percentile',
+                           rng=np.random.default_rng(0)).standard_error
     assert (high - low)/2 == pytest.approx(stats.norm.ppf(.975)*want, rel=.25)
     assert value == pytest.approx((low + high)/2, rel=.2)
 
@@ -161,21 +168,24 @@ def test_generated_features_are_those_of_samples_drawn_plainly(tmp_path, shard, 
     net, path, y = small_network(), SlerpPath(), torch.arange(20) % 3
     tokenizer = load_tokenizer('digits', spherical=True)
     options = dict(steps=4, method='heun', guidance=2.5, interval=(.3, .9))
-    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', seed=3, shard=shard, batch_size=batch, decode_size=6, progress=False, **options)
+    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', seed=3, shard=shard, batch_size=batch,
+                              decode_size=6, progress=False, **options)
     z = sample(net, path, y, seed=3, **options)
     with torch.no_grad(): want = fidelity.extract_features(tokenizer.decode(z), 'digits', parts=('features', 'logits'))
     for k in want: torch.testing.assert_close(found[k], want[k], atol=5e-3, rtol=1e-3)
     assert torch.equal(found['y'], y)
 
 
-@pytest.mark.parametrize('change', [dict(guidance=1.5), dict(seed=4), dict(y=torch.arange(20) % 4), dict(steps=3), dict(path=SlerpPath(exponential=False)), dict(identity='other'),
+@pytest.mark.parametrize('change', [dict(guidance=1.5), dict(seed=4), dict(y=torch.arange(20) % 4), dict(steps=3),
+                                    dict(path=SlerpPath(exponential=False)), dict(identity='other'),
                                     dict(tokenizer=('digits-control', False))])
 def test_features_of_another_plan_are_drawn_anew(tmp_path, change):
     net = small_network()
 
     def draw(y=torch.arange(20) % 3, path=SlerpPath(), seed=3, tokenizer=('digits', True), **options):
         t = load_tokenizer(tokenizer[0], spherical=tokenizer[1])
-        return fidelity.generate(tmp_path/'out', net, path, t, y, 'digits', seed, progress=False, **(dict(steps=4, guidance=1.) | options))['features']
+        return fidelity.generate(tmp_path/'out', net, path, t, y, 'digits', seed, progress=False,
+                                 **(dict(steps=4, guidance=1.) | options))['features']
     first = draw()
     if 'identity' in change:
         for p in net.parameters(): p += .05
@@ -185,7 +195,8 @@ def test_features_of_another_plan_are_drawn_anew(tmp_path, change):
 def test_saved_images_are_those_that_were_scored(tmp_path):
     net, path, y = small_network(), SlerpPath(), torch.arange(12) % 3
     tokenizer = load_tokenizer('digits', spherical=True)
-    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', save='npz', shard=5, steps=2, progress=False)
+    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', save='npz', shard=5, steps=2,
+                              progress=False)
     with np.load(tmp_path/'out'/'images.npz') as z: images, labels = z['arr_0'], z['arr_1']
     assert np.array_equal(labels, y)
     again = fidelity.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
@@ -197,6 +208,7 @@ def test_protocols_that_differ_say_in_what():
     plain = fidelity.protocol_of('digits', 20, 'train', reference)
     assert (plain['samples'], plain['reference_count'], plain['extractor'], plain['bits']) == (20, 30, 'digits', 8)
     assert not fidelity.differences(plain, dict(plain))
-    for other in (fidelity.protocol_of('digits', 21, 'train', reference), fidelity.protocol_of('efficientnet', 20, 'train', reference),
+    for other in (fidelity.protocol_of('digits', 21, 'train', reference),
+                  fidelity.protocol_of('efficientnet', 20, 'train', reference),
                   fidelity.protocol_of('digits', 20, 'train', {'features': noise(31, 4)})):
         assert fidelity.differences(plain, other)

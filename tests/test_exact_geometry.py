@@ -8,12 +8,13 @@ from scipy import stats
 
 from spherical_lfm import sphere
 from spherical_lfm.concentration import (
-    RunningMoments, TokenStatistics, chi_mean, chi_variance, chord_excursion, chord_radial_share, geometry_row, isotropic_pair, norm_stats,
-    pair_profile, path_norms, radial_share, shell_tail_bound)
+    RunningMoments, TokenStatistics, chi_mean, chi_variance, chord_excursion, chord_radial_share, geometry_row,
+    isotropic_pair, norm_stats, pair_profile, path_norms, radial_share, shell_tail_bound)
 from spherical_lfm.paths import ARMS, LinearPath, ShellPath, SlerpPath, arm_path
 
 
-def gauss(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def gauss(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---- concentration
@@ -35,7 +36,8 @@ def test_norm_statistics_are_numpys():
     z = gauss(5, 8, 3, 2)
     r = np.sqrt((z.numpy()**2).sum(1))
     found = norm_stats(z)
-    want = {'d': 8, 'count': 30, 'mean': r.mean(), 'std': r.std(), 'cv': r.std()/r.mean(), 'mean_over_sqrt_d': r.mean()/np.sqrt(8),
+    want = {'d': 8, 'count': 30, 'mean': r.mean(), 'std': r.std(), 'cv': r.std()/r.mean(),
+            'mean_over_sqrt_d': r.mean()/np.sqrt(8),
             'min': r.min(), 'max': r.max()}
     assert found == pytest.approx(want)
 
@@ -45,7 +47,8 @@ def test_running_moments_are_numpys_in_any_split():
     for cuts in ([50], [1, 2, 47], [25, 25]):
         moments = RunningMoments(3)
         for part in rows.split(cuts): moments.update(part)
-        for found, want in ((moments.mean, rows.numpy().mean(0)), (moments.std, rows.numpy().std(0)), (moments.min, rows.numpy().min(0)),
+        for found, want in ((moments.mean, rows.numpy().mean(0)), (moments.std, rows.numpy().std(0)),
+                            (moments.min, rows.numpy().min(0)),
                             (moments.max, rows.numpy().max(0))):
             np.testing.assert_allclose(found.numpy(), want, rtol=1e-10)
         assert moments.count == 50
@@ -95,9 +98,11 @@ def test_velocity_is_the_derivative_of_the_position(arm):
     if path.spherical: z0, z1 = sphere.project(z0), sphere.project(z1)
     for time in (.1, .5, .8):
         t = torch.full((4,), time, dtype=torch.float64)
-        torch.testing.assert_close(path.interpolate(z0, z1, t)[1], numeric_velocity(path, z0, z1, t), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(path.interpolate(z0, z1, t)[1], numeric_velocity(path, z0, z1, t), atol=1e-6,
+                                   rtol=1e-6)
     for time, end in ((0., z0), (1., z1)):
-        torch.testing.assert_close(path.interpolate(z0, z1, torch.full((4,), time, dtype=torch.float64))[0], end, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(path.interpolate(z0, z1, torch.full((4,), time, dtype=torch.float64))[0], end,
+                                   atol=1e-9, rtol=1e-9)
 
 
 def test_the_shell_path_by_hand():
@@ -127,7 +132,8 @@ def test_path_norms_and_pair_profile_agree_with_the_paths():
     s0, s1 = sphere.project(z0), sphere.project(z1)
     r0, r1 = z0.norm(dim=1).flatten(), z1.norm(dim=1).flatten()
     profile = pair_profile(r0, r1, sphere.angle(z0, z1).flatten(), times, d)
-    for name, path, ends in (('linear', LinearPath(), (z0, z1)), ('shell', ShellPath(), (z0, z1)), ('slerp', SlerpPath(), (s0, s1))):
+    for name, path, ends in (('linear', LinearPath(), (z0, z1)), ('shell', ShellPath(), (z0, z1)),
+                             ('slerp', SlerpPath(), (s0, s1))):
         length, radial, power = profile[name]
         curves = path_norms(path.interpolate, *ends, times)
         for k, t in enumerate(times):
@@ -147,7 +153,8 @@ def test_streamed_token_statistics_by_hand():
     for x in z.split(17): parts.update(x)
     out = whole.summary()
     r = np.sqrt((z.double().numpy()**2).sum(1))
-    assert out['mean_over_sqrt_d'] == pytest.approx(r.mean()/math.sqrt(8)) and out['cv'] == pytest.approx(r.std()/r.mean())
+    assert out['mean_over_sqrt_d'] == pytest.approx(r.mean()/math.sqrt(8))
+    assert out['cv'] == pytest.approx(r.std()/r.mean())
     assert out['images'] == 60 and out['count'] == 240
     assert out['gaussian_mean_over_sqrt_d'] == pytest.approx(stats.chi.mean(8)/math.sqrt(8))
     assert out['gaussian_cv'] == pytest.approx(stats.chi.std(8)/stats.chi.mean(8))
@@ -161,13 +168,19 @@ def test_streamed_token_statistics_by_hand():
         np.testing.assert_allclose(found['mean_over_sqrt_d'], want['mean']/math.sqrt(8), atol=1e-4)
         np.testing.assert_allclose(found['radial_share'], want['radial_share'], atol=1e-4)
     edges, density = whole.density()
-    assert np.sum(density*np.diff(edges)) == pytest.approx(1) and edges[0] <= r.min()/math.sqrt(8) and edges[-1] >= r.max()/math.sqrt(8)
+    assert np.sum(density*np.diff(edges)) == pytest.approx(1)
+    assert edges[0] <= r.min()/math.sqrt(8)
+    assert edges[-1] >= r.max()/math.sqrt(8)
     middle = path_norms(LinearPath().interpolate, noise, z, times)['mean']
     shells = [(x.mean(), x.std()) for x in (noise.double().norm(dim=1).numpy(), r)]
-    assert out['excursion_sigma'] == pytest.approx(max(min(abs(m - a)/s for a, s in shells) for m in middle.tolist()), rel=1e-3)
+    assert out['excursion_sigma'] == pytest.approx(max(min(abs(m - a)/s for a, s in shells) for m in middle.tolist()),
+                                                   rel=1e-3)
     row = geometry_row('x', out | {'cv': .5}, out)
-    assert row['raw_cv'] == .5 and row['cv'] == out['cv'] and row['share_t0'] == out['paths']['linear']['radial_share'][0]
-    assert row['share_middle'] == out['paths']['linear']['radial_share'][1] and row['share_t1'] == out['paths']['linear']['radial_share'][2]
+    assert row['raw_cv'] == .5
+    assert row['cv'] == out['cv']
+    assert row['share_t0'] == out['paths']['linear']['radial_share'][0]
+    assert row['share_middle'] == out['paths']['linear']['radial_share'][1]
+    assert row['share_t1'] == out['paths']['linear']['radial_share'][2]
 
 
 def test_merged_token_statistics_are_those_of_all():
@@ -195,7 +208,8 @@ def test_the_sphere_on_a_plane_by_hand():
     torch.testing.assert_close(sphere.exp_map(z, w/5), math.cos(.2)*z + math.sin(.2)*w)
     torch.testing.assert_close(sphere.log_map(z, w), w*math.pi/2)
     torch.testing.assert_close(sphere.slerp(z, w, 1/3), math.cos(math.pi/6)*z + math.sin(math.pi/6)*w)
-    torch.testing.assert_close(sphere.slerp_velocity(z, w, 1/3), math.pi/2*(-math.sin(math.pi/6)*z + math.cos(math.pi/6)*w))
+    torch.testing.assert_close(sphere.slerp_velocity(z, w, 1/3),
+                               math.pi/2*(-math.sin(math.pi/6)*z + math.cos(math.pi/6)*w))
     torch.testing.assert_close(sphere.transport(z, w, w), -z)
     assert sphere.token_norm(z).item() == 5.
 
@@ -203,7 +217,8 @@ def test_the_sphere_on_a_plane_by_hand():
 def test_uniform_points_are_uniform():
     z = sphere.sample_sphere((20_000, 3), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(z.norm(dim=1), torch.full((20_000,), math.sqrt(3)))
-    for k in range(3): assert stats.kstest(z[:, k].numpy()/math.sqrt(3), stats.uniform(-1, 2).cdf).pvalue > 1e-3  # Archimedes
+    # Archimedes
+    for k in range(3): assert stats.kstest(z[:, k].numpy()/math.sqrt(3), stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize('arm', list(ARMS))
@@ -219,19 +234,19 @@ def test_a_step_by_hand(arm):
     torch.testing.assert_close(path.tangent(z, v), u)
     torch.testing.assert_close(path.step(z, v, .3), torch.cos(n)*z + torch.sin(n)*2*u/u.norm(dim=1, keepdim=True))
     straight = z + .3*v
-    torch.testing.assert_close(SlerpPath(exponential=False).step(z, v, .3), 2*straight/straight.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(SlerpPath(exponential=False).step(z, v, .3),
+                               2*straight/straight.norm(dim=1, keepdim=True))
     assert torch.equal(SlerpPath(project_velocity=False).tangent(z, v), v)
 
 
 def test_arms_are_what_they_are_called():
     assert {arm: repr(p) for arm, p in ARMS.items()} == {
-        'vanilla-linear': 'LinearPath()', 'vanilla-shell': 'ShellPath()', 'spherical-linear': 'LinearPath(spherical=True)',
+        'vanilla-linear': 'LinearPath()', 'vanilla-shell': 'ShellPath()',
+        'spherical-linear': 'LinearPath(spherical=True)',
         'spherical-slerp': 'SlerpPath(project_velocity=True, exponential=True)'}
     assert repr(arm_path('spherical-slerp', False, True)) == 'SlerpPath(project_velocity=False, exponential=True)'
     assert repr(arm_path('spherical-slerp', True, False)) == 'SlerpPath(project_velocity=True, exponential=False)'
-    noise = gauss(2, 4, 1, 1).float()
     for arm, path in ARMS.items():
         prior = path.prior((2, 4, 1, 1), torch.Generator().manual_seed(3))
         plain = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(3))
         torch.testing.assert_close(prior, 2*plain/plain.norm(dim=1, keepdim=True) if 'spherical' in arm else plain)
-    assert noise.shape == prior.shape

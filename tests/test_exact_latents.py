@@ -1,10 +1,13 @@
 """Orders, windows, flips and what is stored, image by image."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from spherical_lfm.latents import ImageSource, LatentDataset, LatentLoader, WindowOrder, encode_latents, with_statistics
+from spherical_lfm.latents import (
+    ImageSource, LatentDataset, LatentLoader, WindowOrder, encode_latents, to_tensor, with_statistics)
 from spherical_lfm.tokenizers import digits_images, load_tokenizer
 
 
@@ -12,8 +15,19 @@ from spherical_lfm.tokenizers import digits_images, load_tokenizer
 def cache(tmp_path_factory):
     "Images 100 to 29 of the digits, backwards, in shards of 30."
     folder = tmp_path_factory.mktemp('exact')/'latents'
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, shard_size=30, batch_size=20, order=torch.arange(100, 28, -1), progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, shard_size=30, batch_size=20,
+                   order=torch.arange(100, 28, -1), progress=False)
     return folder
+
+
+def test_an_image_is_its_centre_square():
+    "Pixels as they lie where nothing is resized; the mean of areas where it is."
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    x = to_tensor(Image.fromarray(pixels), 20)
+    np.testing.assert_allclose(x.permute(1, 2, 0), pixels[:, 6:26]/127.5 - 1, atol=1e-6)
+    flat = np.kron(np.array([[0, 100], [200, 255]], dtype=np.uint8), np.ones((16, 16), dtype=np.uint8))
+    small = to_tensor(Image.fromarray(np.stack([flat]*3, 2)), 4)
+    np.testing.assert_allclose(small[0, ::3, ::3], np.array([[0, 100], [200, 255]])/127.5 - 1, atol=.08)
 
 
 @pytest.mark.parametrize('resident', [True, False])
@@ -37,14 +51,18 @@ def test_stored_latents_are_those_of_the_images(cache, resident, spherical):
 def test_the_encoder_works_in_the_precision_asked_for(tmp_path, precision, dtype):
     tokenizer, seen = load_tokenizer('digits'), []
     tokenizer.autoencoder.encoder.conv_in.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/precision, flip=False, order=torch.arange(20), dtype='bf16', precision=precision, progress=False)
+    encode_latents(tokenizer, ImageSource('digits'), tmp_path/precision, flip=False, order=torch.arange(20),
+                   dtype='bf16', precision=precision, progress=False)
     data = LatentDataset(tmp_path/precision)
-    assert set(seen) == {dtype} and data.z['z'].dtype == torch.bfloat16 and data.batch(torch.arange(3))[0].dtype == torch.float32
+    assert set(seen) == {dtype}
+    assert data.z['z'].dtype == torch.bfloat16
+    assert data.batch(torch.arange(3))[0].dtype == torch.float32
 
 
 def test_encoding_leaves_projection_to_the_reader(tmp_path):
     tokenizer = load_tokenizer('digits', spherical=True)
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, order=torch.arange(20), progress=False)
+    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, order=torch.arange(20),
+                   progress=False)
     z, _ = LatentDataset(tmp_path/'cache').batch(torch.arange(20))
     assert z.norm(dim=1).std() > .1 and tokenizer.spherical
 
@@ -56,7 +74,8 @@ def test_windows_make_permutations(count, window, block):
     for e in epochs: assert sorted(e.tolist()) == list(range(count))
     assert not torch.equal(*epochs) and torch.equal(WindowOrder(count, 10, 1, window, block)._shuffle(1), epochs[1])
     if count > window:
-        for part in epochs[0].split(window): assert len({n//block for n in part.tolist()}) <= math.ceil(window/block) + 1, 'few blocks at a time'
+        for part in epochs[0].split(window):
+            assert len({n//block for n in part.tolist()}) <= math.ceil(window/block) + 1, 'few blocks at a time'
         jumps = (epochs[0].diff().abs() > 1).float().mean()
         assert jumps > .7, 'images within a window are shuffled'
         first = [WindowOrder(count, 10, s, window, block)._shuffle(0)[:window] for s in range(12)]
@@ -68,7 +87,8 @@ def test_windows_make_permutations(count, window, block):
 def test_the_window_that_comes_next():
     order = WindowOrder(100, 10, 1, 32, 8)
     first, second = order._shuffle(0), order._shuffle(1)
-    for step, number, rows in ((0, 0, first[32:64]), (3, 0, first[32:64]), (4, 1, first[64:96]), (9, 2, first[96:]), (10, 4, second[32:64])):
+    for step, number, rows in ((0, 0, first[32:64]), (3, 0, first[32:64]), (4, 1, first[64:96]), (9, 2, first[96:]),
+                               (10, 4, second[32:64])):
         found = order.coming(step)
         assert found[0] == number and torch.equal(found[1], rows)
 
@@ -106,4 +126,5 @@ def test_a_shuffled_source_gives_every_image_once():
     images, labels = digits_images('test')
     found = list(source.batches(100, order, 150))
     assert [len(y) for _, y in found] == [100, 50]
-    assert torch.equal(torch.cat([x for x, _ in found]), images[order[:150]]) and torch.equal(torch.cat([y for _, y in found]), labels[order[:150]])
+    assert torch.equal(torch.cat([x for x, _ in found]), images[order[:150]])
+    assert torch.equal(torch.cat([y for _, y in found]), labels[order[:150]])

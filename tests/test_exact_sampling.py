@@ -1,4 +1,4 @@
-"""Guidance on a table in place of a network, one step of every solver by hand, the scheduler and the pipeline against plain loops."""
+"""Guidance on a table in place of a network, every solver by hand, scheduler and pipeline against plain loops."""
 import json
 import math
 
@@ -10,7 +10,8 @@ from spherical_lfm import sphere
 from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.paths import ARMS, LinearPath, SlerpPath, shift_time
 from spherical_lfm.sampling import (
-    METHODS, FlowScheduler, SphericalSiTPipeline, adams_weights, adaptive, bogacki_shampine, guided_velocity, initial_noise, load_run, sample, tokenizer_for)
+    METHODS, FlowScheduler, SphericalSiTPipeline, adams_weights, adaptive, bogacki_shampine, guided_velocity,
+    initial_noise, load_run, sample, tokenizer_for)
 from spherical_lfm.sit import SiT
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.training import TrainConfig, Trainer
@@ -63,7 +64,8 @@ def test_guidance_only_within_its_interval(t, inside):
     c, u = model.rows[y]*(1 + t), model.rows[NULL]*(1 + t)
     want = u + 3*(c - u) if inside else c
     for time in (t, torch.full((2,), t, dtype=torch.float64)):
-        torch.testing.assert_close(guided_velocity(model, path, points(2, path), time, y, 3., (.3, .7), NULL), want, check_dtype=False)
+        torch.testing.assert_close(guided_velocity(model, path, points(2, path), time, y, 3., (.3, .7), NULL), want,
+                                   check_dtype=False)
 
 
 def test_samples_at_different_times_are_guided_each_by_its_own():
@@ -92,19 +94,22 @@ def test_sample_hands_on_guidance_interval_and_negative_class():
     v = [(1 + k/steps)*(n + 2*(c - n) if .25 <= k/steps <= .65 else c) for k in range(steps)]
     torch.testing.assert_close(z, initial_noise(path, SHAPE, range(3)) + sum(v)/steps, atol=1e-5, rtol=1e-5)
     null = sample(model, path, y, SHAPE, steps=1, guidance=3., classes=NULL)
-    torch.testing.assert_close(null, initial_noise(path, SHAPE, range(3)) + model.rows[NULL] + 3*(c - model.rows[NULL]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(null, initial_noise(path, SHAPE, range(3)) + model.rows[NULL] + 3*(c - model.rows[NULL]),
+                               atol=1e-5, rtol=1e-5)
 
 
 def test_a_sample_depends_on_seed_and_number_alone():
     path, y = SlerpPath(), torch.tensor([0, 1, 2, 0, 1])
-    draw = lambda labels=y, **k: sample(Table(), path, labels, SHAPE, steps=3, classes=NULL, **k)
+
+    def draw(labels=y, **options): return sample(Table(), path, labels, SHAPE, steps=3, classes=NULL, **options)
     whole = draw(seed=4)
     assert torch.equal(draw(seed=4, batch_size=2), whole)
     assert torch.equal(draw(y[3:], seed=4, first=3), whole[3:])
     assert not torch.equal(draw(seed=5), whole) and len({x.sum().item() for x in whole}) == 5
     noise = points(5, path)
     assert torch.equal(draw(noise=noise, batch_size=2), draw(noise=noise, seed=9)), 'given noise is used'
-    torch.testing.assert_close(initial_noise(path, SHAPE, range(5), 4), 2*torch.nn.functional.normalize(initial_noise(LinearPath(), SHAPE, range(5), 4), dim=1))
+    torch.testing.assert_close(initial_noise(path, SHAPE, range(5), 4),
+                               2*torch.nn.functional.normalize(initial_noise(LinearPath(), SHAPE, range(5), 4), dim=1))
     gauss = initial_noise(LinearPath(), (32, 4, 4), range(40))
     assert abs(gauss.mean().item()) < .03 and gauss.std().item() == pytest.approx(1, abs=.03)
 
@@ -189,16 +194,24 @@ def back(z, u, v):
     return out
 
 
+def adams_step(method, a, old):
+    "The velocity of a step from the one at hand and those before, at even times."
+    if method == 'adams2' or len(old) == 1: return 3/2*a - 1/2*old[0]
+    return 23/12*a - 16/12*old[0] + 5/12*old[1]
+
+
 @pytest.mark.parametrize('method', ['euler', 'heun', 'rk4', 'adams2', 'adams3'])
 def test_every_solver_on_the_sphere_by_hand(method):
     path, h = SlerpPath(), .2
     z = points(1, path).double()
-    f = lambda z, t: onto(z, field(z, t))
+
+    def f(z, t): return onto(z, field(z, t))
     want, past, history = z, [], []
     for k in range(3):
         t, a = k*h, f(want, k*h)
         history.insert(0, (want, a))
-        stage = lambda u, c: back(want, u, f(exp(want, u), t + c*h))
+
+        def stage(u, c, start=want, t=t): return back(start, u, f(exp(start, u), t + c*h))
         if method == 'euler': step = a
         elif method == 'rk4':
             b = stage(h/2*a, .5)
@@ -207,7 +220,7 @@ def test_every_solver_on_the_sphere_by_hand(method):
         elif method == 'heun' or len(history) == 1: step = (a + stage(h*a, 1.))/2
         else:
             old = [carried(p, want, v) for p, v in history[1:]]
-            step = 3/2*a - 1/2*old[0] if method == 'adams2' or len(history) == 2 else 23/12*a - 16/12*old[0] + 5/12*old[1]
+            step = adams_step(method, a, old)
         want = exp(want, h*step)
         z = METHODS[method].step(f, path, z, t, h, past)
     torch.testing.assert_close(z, want, atol=1e-6, rtol=1e-6)
@@ -216,7 +229,9 @@ def test_every_solver_on_the_sphere_by_hand(method):
 def test_adams_weights_integrate_polynomials_over_uneven_times():
     times, t, dt = [.4, .25, .1], .4, .3
     w = adams_weights(times, t, dt)
-    for power in range(3): assert sum(a*s**power for a, s in zip(w, times))*dt == pytest.approx(((t + dt)**(power + 1) - t**(power + 1))/(power + 1))
+    for power in range(3):
+        assert sum(a*s**power for a, s in zip(w, times))*dt == pytest.approx(((t + dt)**(power + 1)
+                                                                              - t**(power + 1))/(power + 1))
     assert adams_weights([1., 0.], 1., 1.) == pytest.approx([1.5, -.5])
 
 
@@ -233,7 +248,7 @@ def test_bogacki_shampine_is_the_published_pair():
 
 
 def test_the_adaptive_method_ends_at_1_within_its_tolerance():
-    grow = lambda z, t: z*(4*t).view(-1, 1, 1, 1)
+    def grow(z, t): return z*(4*t).view(-1, 1, 1, 1)
     z = torch.ones(2, 4, 2, 2)
     for tolerance in (1e-2, 1e-4):
         end, evaluations = adaptive(grow, LinearPath(), z, tolerance)
@@ -270,9 +285,7 @@ def test_multi_step_schedulers_by_hand(method, arm):
         if path.spherical: a = onto(want, a)
         history.insert(0, (want, a))
         old = [carried(p, want, v) if path.spherical else v for p, v in history[1:]]
-        if k == 0: step = a
-        elif k == 1 or method == 'adams2': step = 3/2*a - 1/2*old[0]
-        else: step = 23/12*a - 16/12*old[0] + 5/12*old[1]
+        step = adams_step(method, a, old) if k else a
         want = exp(want, h*step) if path.spherical else want + h*step
         torch.testing.assert_close(z, want, atol=1e-6, rtol=1e-6)
 
@@ -297,22 +310,28 @@ def runs(tmp_path_factory):
     "Two steps of a few arms, with two checkpoints each; averages are far from the weights."
     root, tokenizer = tmp_path_factory.mktemp('runs'), load_tokenizer('digits')
     encode_latents(tokenizer, ImageSource('digits'), root/'latents', flip=False, order=torch.arange(60), progress=False)
-    for name, extra in (('plain', {}), ('unprojected', dict(project_velocity=False)), ('vanilla-linear', dict(arm='vanilla-linear'))):
-        config = TrainConfig(model='SiT-Ti/2', steps=2, batch_size=8, lr=.1, checkpoint_every=1, label_dropout=.5, ema_decay=.5, **extra)
-        Trainer(config, LatentDataset(root/'latents', spherical=config.arm.startswith('spherical')), root/name).fit(progress=False)
+    for name, extra in (('plain', {}), ('unprojected', dict(project_velocity=False)),
+                        ('vanilla-linear', dict(arm='vanilla-linear'))):
+        config = TrainConfig(model='SiT-Ti/2', steps=2, batch_size=8, lr=.1, checkpoint_every=1, label_dropout=.5,
+                             ema_decay=.5, **extra)
+        Trainer(config, LatentDataset(root/'latents', spherical=config.arm.startswith('spherical')),
+                root/name).fit(progress=False)
     return root
 
 
 def test_a_loaded_run_is_its_average_and_its_path(runs):
     from safetensors.torch import load_file
-    for name, text in (('plain', 'SlerpPath(project_velocity=True, exponential=True)'), ('unprojected', 'SlerpPath(project_velocity=False, exponential=True)'), ('vanilla-linear', 'LinearPath()')):
+    for name, text in (('plain', 'SlerpPath(project_velocity=True, exponential=True)'),
+                       ('unprojected', 'SlerpPath(project_velocity=False, exponential=True)'),
+                       ('vanilla-linear', 'LinearPath()')):
         for step in (None, 1, 2):
             model, path, record = load_run(runs/name, step)
             folder = runs/name/'checkpoints'/f'step-{step or 2:08d}'
             ema, raw = (load_file(folder/k/'diffusion_pytorch_model.safetensors') for k in ('ema', 'model'))
             assert repr(path) == text and record['step'] == (step or 2) and not model.training
             found = model.state_dict()
-            assert all(torch.equal(found[k], ema[k]) for k in found) and any(not torch.equal(found[k], raw[k]) for k in found)
+            assert all(torch.equal(found[k], ema[k]) for k in found)
+            assert any(not torch.equal(found[k], raw[k]) for k in found)
     assert json.loads((folder/'state.json').read_text())['step'] == 2
 
 
@@ -321,16 +340,19 @@ def test_the_tokenizer_of_a_run_projects_if_its_arm_does(runs):
         assert tokenizer_for(load_run(runs/name)[2], 'digits').spherical == spherical
 
 
-@pytest.mark.parametrize('settings', [dict(guidance_scale=1.), dict(guidance_scale=3., guidance_interval=(.2, .8)), dict(guidance_scale=2., negative_class=4)])
+@pytest.mark.parametrize('settings', [dict(guidance_scale=1.), dict(guidance_scale=3., guidance_interval=(.2, .8)),
+                                      dict(guidance_scale=2., negative_class=4)])
 def test_the_pipeline_is_sample_and_decode(runs, settings):
     pipe = SphericalSiTPipeline.from_run(runs/'plain', tokenizer='digits')
     pipe.set_progress_bar_config(disable=True)
     model, path, record = load_run(runs/'plain')
     y = [1, 0, 7]
     noise = path.prior((3, 16, 4, 4), torch.Generator().manual_seed(5))
-    options = dict(guidance=settings['guidance_scale'], interval=settings.get('guidance_interval', (0., 1.)), negative=settings.get('negative_class'))
+    options = dict(guidance=settings['guidance_scale'], interval=settings.get('guidance_interval', (0., 1.)),
+                   negative=settings.get('negative_class'))
     z = sample(model, path, torch.tensor(y), steps=4, noise=noise, **options)
-    found = pipe(y, num_inference_steps=4, generator=torch.Generator().manual_seed(5), output_type='latent', **settings).images
+    found = pipe(y, num_inference_steps=4, generator=torch.Generator().manual_seed(5), output_type='latent',
+                 **settings).images
     torch.testing.assert_close(found, z, atol=1e-4, rtol=1e-4)
     plain = pipe(y, num_inference_steps=4, generator=torch.Generator().manual_seed(5), output_type='latent').images
     assert torch.allclose(plain, z, atol=1e-2) == (settings['guidance_scale'] == 1), 'guidance matters here'

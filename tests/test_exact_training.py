@@ -1,4 +1,4 @@
-"""The trainer against twenty lines of plain torch: weights, moments, average, rate, clipping, decay; and what a step draws, counted."""
+"""The trainer against twenty lines of plain torch: weights, moments, average, rate, clipping, decay, and its draws."""
 import copy
 import math
 
@@ -54,7 +54,8 @@ def decay_at(step, decay): return decay
 def train_by_hand(net, draws, c):
     "AdamW with warm-up, clipping, decoupled decay and an average of the weights; returns what each step did."
     parameters = [p for p in net.parameters() if p.requires_grad]
-    m, v, ema = [[torch.zeros_like(p) for p in parameters] for _ in range(2)] + [[p.detach().clone() for p in parameters]]
+    m, v, ema = [[torch.zeros_like(p) for p in parameters]
+                 for _ in range(2)] + [[p.detach().clone() for p in parameters]]
     rows, (b1, b2) = [], c.betas
     for k, batch in enumerate(draws):
         loss = loss_by_hand(net, batch, c.arm)
@@ -87,7 +88,8 @@ def test_training_steps_are_those_written_by_hand(latents, tmp_path, arm, settin
         assert found['loss'].item() == pytest.approx(row['loss'], rel=1e-4), k
         assert found['grad_norm'].item() == pytest.approx(row['grad_norm'], rel=1e-3), k
         assert trainer.optimizer.param_groups[0]['lr'] == pytest.approx(row['lr'])
-    if trainer.config.max_grad_norm: assert min(r['grad_norm'] for r in rows) > 1.5*trainer.config.max_grad_norm, 'nothing was clipped'
+    if trainer.config.max_grad_norm:
+        assert min(r['grad_norm'] for r in rows) > 1.5*trainer.config.max_grad_norm, 'nothing was clipped'
     state = trainer.optimizer.state
     for i, p in enumerate(trainer.parameters):
         scale = m[i].abs().max().item() + 1e-12
@@ -105,8 +107,48 @@ def test_the_average_in_a_checkpoint_is_not_the_weights(latents, tmp_path):
     trainer = trainer_for(latents, tmp_path, steps=3, ema_decay=.9)
     trainer.fit(progress=False)
     model = load_run(tmp_path)[0]
-    for p, e in zip((p for n, p in model.named_parameters() if n != 'pos_embed'), trainer.ema): torch.testing.assert_close(p, e)
+    for p, e in zip((p for n, p in model.named_parameters() if n != 'pos_embed'), trainer.ema):
+        torch.testing.assert_close(p, e)
     assert any(not torch.equal(e, p) for e, p in zip(trainer.ema, trainer.parameters))
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(latents, tmp_path):
+    "Weights, average and moments of the optimiser, bit for bit."
+    def make(name):
+        data = LatentDataset(latents, spherical=True)
+        return Trainer(TrainConfig(**SMALL, steps=4, ema_decay=.9), data, tmp_path/name)
+    whole, parts = make('whole'), make('parts')
+    whole.fit(progress=False)
+    parts.fit(until=2, progress=False)
+    resumed = make('parts')
+    resumed.fit(progress=False)
+    assert [r['loss'] for r in resumed.log()] == [r['loss'] for r in whole.log()]
+    for a, b in zip(whole.parameters, resumed.parameters):
+        x, y = whole.optimizer.state[a], resumed.optimizer.state[b]
+        assert torch.equal(a, b) and all(torch.equal(x[k], y[k]) for k in ('exp_avg', 'exp_avg_sq', 'step'))
+    for a, b in zip(whole.ema, resumed.ema): assert torch.equal(a, b)
+
+
+def test_the_log_holds_means_over_its_interval(latents, tmp_path):
+    "Loss, loss per power, norm of the gradient, and the loss of each quarter of t, over three steps."
+    trainer = trainer_for(latents, tmp_path/'a', arm='vanilla-linear')
+    steps, quarters = [], torch.zeros(2, 4)
+    for k in range(3):
+        z0, z1, t, y = trainer.draws(k)
+        with torch.no_grad(): losses = loss_by_hand(trainer.net, (z0, z1, t, y), 'vanilla-linear')
+        power = (z1 - z0).double().square().mean().item()
+        for q in range(4): quarters[:, q] += torch.stack([losses[(4*t).long() == q].sum(), ((4*t).long() == q).sum()])
+        found = trainer.train_step()
+        trainer.step += 1
+        steps.append((losses.mean().item(), power, found['grad_norm'].item()))
+    loss, power, norm = (sum(x)/3 for x in zip(*steps))
+    logged = trainer_for(latents, tmp_path/'b', arm='vanilla-linear', log_every=3, steps=3)
+    logged.fit(progress=False)
+    row = logged.log()[-1]
+    assert row['step'] == 3 and row['loss'] == pytest.approx(loss, rel=1e-4)
+    assert row['loss_over_power'] == pytest.approx(loss/power, rel=1e-4)
+    assert row['grad_norm'] == pytest.approx(norm, rel=1e-3)
+    for q in range(4): assert row[f'loss_q{q + 1}'] == pytest.approx((quarters[0, q]/quarters[1, q]).item(), rel=1e-3)
 
 
 def test_bf16_is_bf16_where_the_network_works_and_float32_around_it(latents, tmp_path):
@@ -182,18 +224,20 @@ def test_every_image_is_seen_once_an_epoch(latents, tmp_path):
 
 
 def test_noise_is_fresh_gaussian_and_the_same_for_all_arms(latents, tmp_path):
-    found = {arm: [trainer_for(latents, tmp_path/arm, arm=arm, seed=3).draws(k) for k in range(4)] for arm in ('vanilla-linear', 'vanilla-shell', 'spherical-linear', 'spherical-slerp')}
+    found = {arm: [trainer_for(latents, tmp_path/arm, arm=arm, seed=3).draws(k) for k in range(4)]
+             for arm in ('vanilla-linear', 'vanilla-shell', 'spherical-linear', 'spherical-slerp')}
     gauss = torch.cat([d[0] for d in found['vanilla-linear']])
     assert stats.kstest(gauss.flatten().numpy(), 'norm').pvalue > 1e-3
     steps = [d[0] for d in found['vanilla-linear']]
-    for a, b in ((0, 1), (1, 2), (0, 3)): assert abs(torch.corrcoef(torch.stack([steps[a].flatten(), steps[b].flatten()]))[0, 1]) < .1
+    for a, b in ((0, 1), (1, 2), (0, 3)):
+        assert abs(torch.corrcoef(torch.stack([steps[a].flatten(), steps[b].flatten()]))[0, 1]) < .1
     for k, (z0, z1, t, y) in enumerate(found['vanilla-linear']):
         for arm in ('vanilla-shell', 'spherical-linear', 'spherical-slerp'):
             a0, a1, at, ay = found[arm][k]
             assert torch.equal(at, t) and torch.equal(ay, y)
-            onto = (lambda z: 4*z/z.norm(dim=1, keepdim=True)) if arm.startswith('spherical') else (lambda z: z)
-            torch.testing.assert_close(a0, onto(z0), atol=1e-5, rtol=0)
-            torch.testing.assert_close(a1, onto(z1), atol=1e-5, rtol=0)
+            for got, plain in ((a0, z0), (a1, z1)):
+                want = 4*plain/plain.norm(dim=1, keepdim=True) if arm.startswith('spherical') else plain
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     other = trainer_for(latents, tmp_path/'other', arm='vanilla-linear', seed=4).draws(0)
     for a, b in zip(other, found['vanilla-linear'][0]): assert not torch.equal(a, b), 'another seed, other draws'
 
@@ -203,7 +247,8 @@ def test_the_seed_alone_initialises(latents, tmp_path):
     weights = []
     for seed, noise in ((0, 1), (0, 2), (5, 1)):
         torch.manual_seed(noise)
-        weights.append(Trainer(TrainConfig(**SMALL, seed=seed), data, tmp_path).net.x_embedder.proj.weight.detach().clone())
+        weights.append(Trainer(TrainConfig(**SMALL, seed=seed), data,
+                               tmp_path).net.x_embedder.proj.weight.detach().clone())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -217,7 +262,8 @@ def test_radial_errors_count_only_without_projection(project):
     loss, power = flow_loss(lambda z, t, y: path.interpolate(z0, z1, t)[1] + .5*z, path, z0, z1, t, y)
     torch.testing.assert_close(loss, torch.full((6,), 0. if project else .25), atol=1e-5, rtol=0)
     theta = torch.acos((z0*z1).sum(1)/8)
-    torch.testing.assert_close(power, theta.square().mean((1, 2)), rtol=1e-3, atol=1e-4)  # |v|² = R²θ², over d channels
+    want = theta.square().mean((1, 2)) # |v|² = R²θ², over d channels
+    torch.testing.assert_close(power, want, rtol=1e-3, atol=1e-4)
 
 
 def test_the_jacobi_weight_is_the_squared_sinc():
@@ -235,12 +281,14 @@ def test_transport_finds_the_smallest_sum_of_angles():
     from itertools import permutations
     g = torch.Generator().manual_seed(0)
     z0, z1 = (SlerpPath().prior((5, 4, 2, 2), g) for _ in range(2))
-    angles = torch.stack([torch.stack([torch.acos((a*b).sum(0)/4).sum() for a in z0]) for b in z1])  # of noise a and data b
+    # of noise a and data b
+    angles = torch.stack([torch.stack([torch.acos((a*b).sum(0)/4).sum() for a in z0]) for b in z1])
     best = min(permutations(range(5)), key=lambda p: sum(angles[n, m].item() for n, m in enumerate(p)))
     assert transport_coupling(z0, z1).tolist() == list(best) != list(range(5))
 
 
 def test_coupling_pairs_the_noise_of_a_step(latents, tmp_path):
-    plain, paired = (trainer_for(latents, tmp_path/c, coupling=c, flip=False).draws(0) for c in ('independent', 'transport'))
+    plain, paired = (trainer_for(latents, tmp_path/c, coupling=c, flip=False).draws(0)
+                     for c in ('independent', 'transport'))
     order = transport_coupling(plain[0], plain[1])
     assert torch.equal(paired[0], plain[0][order]) and torch.equal(paired[1], plain[1])

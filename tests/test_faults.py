@@ -1,4 +1,4 @@
-"""The list of planted faults is true: every old text stands once in its module and once in its notebook, and every test that is named exists."""
+"""The list of planted faults is true: every old text stands once in module and notebook, every test named exists."""
 import ast
 import sys
 from pathlib import Path
@@ -10,7 +10,8 @@ sys.path.insert(0, str(ROOT/'scripts'))
 from faults import FAULTS  # noqa: E402
 from plant_faults import node, plant, stale  # noqa: E402
 
-MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
+MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training',
+           'sampling', 'fidelity', 'experiments', 'cli')
 
 
 def test_the_list_covers_every_module():
@@ -34,7 +35,8 @@ def test_every_test_that_is_named_exists():
                 assert (ROOT/'nbs'/f'{test[3:]}.ipynb').exists(), test
                 continue
             file, _, name = node(test).partition('::')
-            names = known.setdefault(file, {n.name for n in ast.parse((ROOT/file).read_text()).body if isinstance(n, ast.FunctionDef)})
+            names = known.setdefault(file, {n.name for n in ast.parse((ROOT/file).read_text()).body
+                                            if isinstance(n, ast.FunctionDef)})
             assert name.partition('[')[0] in names, f'{f.module}: {f.name}: {test}'
 
 
@@ -44,5 +46,6 @@ def test_planting_changes_module_and_notebook(tmp_path):
     fault = FAULTS[0]
     plant(fault, tmp_path)
     assert stale(fault, tmp_path) == 'old text found 0 times in the module and 0 times in the notebook'
-    changed = {p.name for p in (*(tmp_path/'spherical_lfm').glob('*.py'), *(tmp_path/'nbs').glob('*.ipynb')) if p.read_bytes() != (ROOT/p.relative_to(tmp_path)).read_bytes()}
+    changed = {p.name for p in (*(tmp_path/'spherical_lfm').glob('*.py'), *(tmp_path/'nbs').glob('*.ipynb'))
+               if p.read_bytes() != (ROOT/p.relative_to(tmp_path)).read_bytes()}
     assert changed == {'sphere.py', '00_sphere.ipynb'}
