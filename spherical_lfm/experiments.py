@@ -111,11 +111,14 @@ def environment(
             'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
 
 def _commit(root: Path) -> str | None:
-    "The commit of a checkout; None for an installed package, whatever repository lies around it."
-    call = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=12']
+    "The commit of a checkout, '-dirty' if anything but stored results differs from it; None for an installed package, whatever repository lies around it."
     if not (root/'.git').exists(): return None
-    try: return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    def git(*words): return subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=10)
+    try:
+        commit = git('rev-parse', '--short=12', 'HEAD').stdout.strip()
+        changed = git('diff', '--quiet', 'HEAD', '--', '.', ':(exclude)data/results').returncode
     except (OSError, subprocess.TimeoutExpired): return None
+    return commit + '-dirty'*bool(changed) if commit else None
 
 # %% ../nbs/11_experiments.ipynb #fd313cfb
 #: Times at which `geometry` follows the paths.
