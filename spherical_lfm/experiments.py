@@ -19,7 +19,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,15 +33,16 @@ from tqdm.auto import tqdm
 
 from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
-from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, score_features
-from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
+from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, remove_features, score_features
+from .latents import ImageSource, LatentDataset, apart_from, encode_latents, with_statistics, wants_statistics
 from .paths import ARMS, arm_path
 from .probes import (efficientnet_distance, find_partners, get_distances, plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
                                   sensitivity, summarise_swaps, swap_strip)
 from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
 from .sphere import check_range, project
-from .tokenizers import DATA, Tokenizer, atomic_write, channel_rows, digits_images, load_tokenizer, read_json, save_grid, show_images, standardise, write_json
+from .tokenizers import (DATA, Tokenizer, atomic_write, channel_rows, claim, claim_file, digits_images, load_tokenizer, read_json, save_figure, save_grid,
+                                      show_images, standardise, write_json)
 from .training import TrainConfig, Trainer, checkpoints
 
 # %% ../nbs/11_experiments.ipynb #85b8367a
@@ -199,9 +199,9 @@ def score(
     y = labels[torch.arange(count)*len(labels)//count] if count < len(labels) else labels[torch.arange(count) % len(labels)]
     options: dict[str, Any] = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
     folder = Path(run)/'features'/hashlib.sha256(repr((step, count, seed, exponential, decoder, options)).encode()).hexdigest()[:12]
-    with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress, **options)
+    with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, record['weights'], progress=progress, **options)
     processes().wait_for_everyone()
-    if processes().is_main_process: shutil.rmtree(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
+    if processes().is_main_process: remove_features(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
     figures = score_features(found, reference, metrics, extractor=preset.extractor)
     if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
     figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
@@ -290,7 +290,9 @@ def compare(
     "The matched comparison; a second call reuses what is finished. Writes report.json, table.csv and report.html. Raises `ValueError` for unknown arms or presets."
     preset = get_preset(preset) if isinstance(preset, str) else preset
     for arm in arms: arm_path(arm)
-    out, source = Path(out), images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
+    source = images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
+    apart_from(source, out)
+    out = claim(out, 'a comparison')
     tokenizer = prepare_latents(preset, source, out/'latents', progress)
     reference = reference_features(preset, source, out, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}
@@ -412,6 +414,7 @@ def seeds_study(
     progress: bool = True        # show progress bars
 ) -> dict: # what is written
     "All arms over several seeds at the `digits` preset; final figures only."
+    claim_file(path)
     preset = _shortened(scale)
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
@@ -442,6 +445,7 @@ def solver_study(
     progress: bool = True                   # show progress bars
 ) -> dict: # what is written
     "Fréchet distance against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
+    claim_file(path)
     preset = _shortened(scale)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
@@ -505,6 +509,7 @@ def evolution_study(
 ) -> dict: # what the JSON holds
     "Chord and arc side by side, on runs of the `digits` preset, each decoded by its own decoder; same noise, same classes."
     import matplotlib.pyplot as plt
+    claim_file(path), claim_file(Path(path).with_suffix('.json'))
     preset, found = _shortened(scale), {}
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
@@ -513,7 +518,7 @@ def evolution_study(
             Trainer(TrainConfig(arm=arm, **preset.train), LatentDataset(Path(tmp)/'latents', spherical=spherical), Path(tmp)/arm).fit(progress=progress)
             found[arm] = evolution(Path(tmp)/arm, load_tokenizer(decoder_name(preset, arm), spherical=spherical), torch.tensor([0, 3, 4, 7, 8]))
     figure = plot_evolution(found)
-    with atomic_write(path) as f: figure.savefig(f, format='png', dpi=110)
+    save_figure(figure, path, 110)
     plt.close(figure)
     result = {arm: {k: v for k, v in f.items() if k != 'images'} for arm, f in found.items()} | {'environment': environment([0])}
     write_json(Path(path).with_suffix('.json'), result)
@@ -594,7 +599,8 @@ def analyze_study(
     "Is this latent space a sphere? Writes analysis.json, table.csv, and geometry.png and .svg, whole or not at all."
     import matplotlib.pyplot as plt
     import pandas as pd
-    out, name = Path(out), name or tokenizer.name
+    apart_from(source, out)
+    out, name = claim(out, 'an analysis'), name or tokenizer.name
     file, found = out/'analysis.json', {}
     if file.exists(): found = read_json(file, 'table of slfm_analyze', 'use another output folder')
     tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
@@ -607,7 +613,7 @@ def analyze_study(
     with atomic_write(out/'table.csv') as f: pd.DataFrame([r['row'] for r in found.values()]).to_csv(f, index=False)
     figure = plot_geometry(found)
     for format in ('png', 'svg'):
-        with atomic_write(out/f'geometry.{format}') as f: figure.savefig(f, format=format, dpi=130)
+        save_figure(figure, out/f'geometry.{format}')
     plt.close(figure)
     return found
 
@@ -638,7 +644,9 @@ def probe_study(
 ) -> dict: # 'summary', 'values', 'sensitivity', 'response', 'protocol', 'environment'
     "Does this decoder read direction? Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner."
     import matplotlib.pyplot as plt
-    out, where = Path(out), next(tokenizer.parameters()).device
+    where = next(tokenizer.parameters()).device
+    apart_from(source, out)
+    claim(out, 'a probe', make=False)
     check_range(1, count=count, sensitivity_count=sensitivity_count, batch_size=batch_size)
     judges, missing = get_distances(distances) if isinstance(distances, str) else distances
     encoded, classes = [], []
@@ -658,13 +666,14 @@ def probe_study(
               'sensitivity': turned, 'response': layers,
               'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'images': source.understood, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
                            'neighbours': neighbours, 'sensitivity_images': len(some), 'skipped': len(source.skipped), 'not_available': sorted(missing)}, 'environment': environment([seed])}
+    out = claim(out, 'a probe')
     write_json(out/'probe.json', result)
     figures = {'swaps': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained'), 'sensitivity': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained')}
     for (name, (figure, axes)), draw in zip(figures.items(), (lambda k, ax: plot_swaps(swaps, k, ax), lambda k, ax: plot_sensitivity(turned, k, ax))):
         for k, ax in zip(judges, axes[0]): draw(k, ax)
     drawn: dict[str, Any] = {name: figure for name, (figure, _) in figures.items()} | {'response': plot_response(layers).figure, 'strip': swap_strip(tokenizer, z, anchors, partner, 12).figure}
     for name, figure in drawn.items():
-        with atomic_write(out/f'{name}.png') as f: figure.savefig(f, format='png', dpi=130)
+        save_figure(figure, out/f'{name}.png')
         plt.close(figure)
     return result
 
@@ -681,7 +690,8 @@ def finetune_study(
 ) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
     "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises `ValueError` for unknown arms, and what `finetune_decoder` raises."
     check_finetune(arms, extractor)
-    out, config = Path(out), config or FinetuneConfig()
+    if isinstance(images, ImageSource): apart_from(images, out)
+    out, config = claim(out, 'finetuning'), config or FinetuneConfig()
     seen = held_out is None
     if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
     variant = lambda spherical: Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
@@ -736,18 +746,22 @@ def starting_tokenizer(
     name_or_path: str,       # as for `load_tokenizer`
     source: ImageSource,     # images to measure statistics on
     out: str | Path,         # output folder of a study
+    purpose: str,            # what it is claimed for
     device: str = 'cpu',     # where to put it
     **statistics             # 'mode', 'pack', 'seed', ... of `with_statistics`
 ) -> Tokenizer: # vanilla
     "The tokenizer that a study starts from, kept in `out`/start so that a study that goes on uses the very same statistics. Raises `ValueError` if what is kept there has other weights."
     folder, tokenizer = Path(out)/'start', load_tokenizer(name_or_path, spherical=False, device=device)
     tokenizer.latent_shape(source.size, source.size)
+    apart_from(source, out)
+    claim(out, purpose, make=False)
     if told_by_main(folder.exists()):
         kept = load_tokenizer(folder, device=device)
         plain = lambda t: Tokenizer(t.autoencoder).identity
         if plain(kept) != plain(tokenizer): raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')
         return kept
     tokenizer = with_statistics(tokenizer, source, **statistics)
+    claim(out, purpose)
     if processes().is_main_process: tokenizer.save_pretrained(folder)
     processes().wait_for_everyone()
     return load_tokenizer(folder, device=device)

@@ -7,7 +7,6 @@ __all__ = ['TrainConfig', 'flow_loss', 'transport_coupling', 'model_flops', 'mat
 
 # %% ../nbs/08_training.ipynb #682fc3ad
 import functools
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import sphere
-from .decoder import ResumableRun, checkpoints, optimizer_tensors, restore_optimizer, seal, seeded_generator, swapped_weights
+from .decoder import ResumableRun, checkpoints, optimizer_tensors, remove_checkpoint, restore_optimizer, seal, seeded_generator, swapped_weights
 from .latents import LatentDataset, LatentLoader, send_to
 from .paths import Path as FlowPath, arm_path, shift_time
 from .sit import SiT
@@ -276,13 +275,13 @@ class Trainer(ResumableRun):
         folder, state, (now, ema) = self._folder(), optimizer_tensors(self.net, self.optimizer), self._states()
         if self.accelerator.is_main_process:
             with torch.device('meta'): twin = SiT(**{k: v for k, v in self.net.config.items() if not k.startswith('_')})
-            with atomic_write(folder) as tmp:
+            with atomic_write(folder, folder=True, existing='replace') as tmp:
                 for name, tensors in (('model', now), ('ema', ema)):
                     twin.load_state_dict(tensors, assign=True)
                     twin.save_pretrained(tmp/name)
                 save_file(state, tmp/'optimizer.safetensors')
                 seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
-            for old in checkpoints(self.out)[:-self.config.keep] if self.config.keep else (): shutil.rmtree(old)
+            for old in checkpoints(self.out)[:-self.config.keep] if self.config.keep else (): remove_checkpoint(old)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -13,7 +13,7 @@ from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.fidelity import differences, evaluate, extract_features, frechet_distance
 from spherical_lfm.latents import ImageSource, LatentDataset, LatentLoader, encode_latents
 from spherical_lfm.probes import load_digit_features
-from spherical_lfm.tokenizers import DATA, AutoencoderKL, digits_images, load_tokenizer, psnr
+from spherical_lfm.tokenizers import DATA, MARK, AutoencoderKL, digits_images, load_tokenizer, psnr
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,9 +79,9 @@ def test_failed_encoding_keeps_the_old_cache(tmp_path):
     source.stream = lambda order=None, limit=None: iter([(torch.full((3, 16, 16), torch.nan), 0)]*2)
     with pytest.raises(ValueError, match='NaN'): encode_latents(tokenizer, source, tmp_path/'cache', progress=False)
     assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity, verify=True).index == index
-    assert {p.name for p in tmp_path.iterdir()} == {'cache', '.cache.partial'}
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, progress=False)
     assert {p.name for p in tmp_path.iterdir()} == {'cache'}
+    again = encode_latents(tokenizer, ImageSource('digits', split='test'), tmp_path/'cache', flip=False, progress=False)
+    assert {p.name for p in (tmp_path/'cache').glob('*.safetensors')} == {s['file'] for s in again['shards']}, 'the shards of the old set are gone'
 
 
 def test_interrupted_encoding_keeps_finished_shards(tmp_path):
@@ -94,14 +94,14 @@ def test_interrupted_encoding_keeps_finished_shards(tmp_path):
         return original(order, limit)
     source.stream = failing
     with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
-    assert not (tmp_path/'parts').exists()
-    (tmp_path/'.parts.partial'/'.latents-00003.safetensors-left').mkdir() # as a killed write leaves it
-    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'.parts.partial').glob('*.safetensors')}
+    with pytest.raises(FileNotFoundError, match='index.json is missing'): LatentDataset(tmp_path/'parts')
+    (tmp_path/'parts'/f'{MARK}abc').mkdir() # as a killed write leaves it
+    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'parts').glob('*.safetensors')}
     assert len(made) == 3
     parts = encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
     assert [s['sha256'] for s in parts['shards']] == [s['sha256'] for s in whole['shards']]
     assert all((tmp_path/'parts'/n).stat().st_mtime_ns == t for n, t in made.items())
-    assert not list(tmp_path.glob('.*')) and not list((tmp_path/'parts').glob('.*'))
+    assert not list(tmp_path.rglob(f'{MARK}*'))
     a, b = (LatentDataset(tmp_path/n, verify=True) for n in ('whole', 'parts'))
     assert a.z['z'].dtype == torch.bfloat16 and torch.equal(a.z['z_flip'], b.z['z_flip'])
 
