@@ -457,6 +457,6 @@ def source_batches(
 ) -> Iterator[Tensor]: # images [B, 3, size, size] in [-1, 1], or uint8
     "Images for an extractor, streamed; a source that is not there is refused at once."
     check_range(1, batch_size=batch_size)
-    if is_npz(source): return npz_batches(source, batch_size)
+    if is_npz(source): return npz_batches(str(source), batch_size)
     images = source if isinstance(source, ImageSource) else ImageSource(source, size)
     return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))
