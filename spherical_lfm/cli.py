@@ -13,6 +13,7 @@ import errno
 import functools
 import inspect
 import json
+import logging
 import math
 import statistics
 import subprocess
@@ -112,12 +113,15 @@ def _arguments(work: Callable, argv: list[str] | None) -> dict:
 def _own_warnings(name: str, debug: bool) -> Iterator[None]:
     "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only on demand."
     def tell(message, category, filename, lineno, file=None, line=None): print(f'{name}: {message}', file=sys.stderr)
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         if not (debug or sys.warnoptions):
             warnings.simplefilter('ignore')
             warnings.filterwarnings('always', module='spherical_lfm')
             warnings.showwarning = tell
-        yield
+            logging.disable() # this package does not log
+        try: yield
+        finally: logging.disable(before)
 
 # %% ../nbs/12_cli.ipynb #8fd15e37
 def command(

@@ -2,6 +2,7 @@
 import argparse
 import http.server
 import json
+import logging
 import math
 import os
 import re
@@ -401,15 +402,18 @@ def test_help(name, capsys):
     assert e.value.code == 0 and len(shown) > 300 and 'usage' in shown and '--debug' in shown and '--pdb' not in shown
 
 
-def test_own_warnings_are_lines_and_those_of_libraries_are_silent(capsys):
+def test_own_warnings_are_lines_and_those_of_libraries_are_silent(capsys, caplog):
     import warnings
     @cli.command
     def work():
         "Warn twice."
         warnings.warn_explicit('of a library', UserWarning, 'x.py', 1, module='torch.nn')
+        logging.getLogger('diffusers.models').error('of a library')
         warnings.warn_explicit('ours', UserWarning, 'x.py', 1, module='spherical_lfm.decoder')
     work([])
-    assert capsys.readouterr().err == 'work: ours\n'
+    assert capsys.readouterr().err == 'work: ours\n' and not caplog.records
+    logging.getLogger('diffusers.models').error('heard again')
+    assert [r.message for r in caplog.records] == ['heard again']
 
 
 def test_pil_images_are_rounded():
