@@ -600,10 +600,11 @@ def analyze_study(
     import matplotlib.pyplot as plt
     import pandas as pd
     apart_from(source, out)
-    out, name = claim(out, 'an analysis'), name or tokenizer.name
+    out, name = claim(out, 'an analysis', make=False), name or tokenizer.name
     file, found = out/'analysis.json', {}
     if file.exists(): found = read_json(file, 'table of slfm_analyze', 'use another output folder')
     tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
+    claim(out, 'an analysis')
     if not processes().is_main_process: return {}
     both = {'raw': raw.summary(), 'processed': processed.summary()}
     protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,

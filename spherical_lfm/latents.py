@@ -718,7 +718,7 @@ def _finish(out: Path, stem: str, plan: dict, source: ImageSource, expected: int
     shards, source.skipped = [n for n in notes if n['count']], [s for n in notes for s in n['skipped']]
     if not shards:
         remove_listed(out, [f.name for f in out.glob(f'{stem}-*.json')])
-        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped)')
+        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
     keys = ('file', 'count', 'bytes', 'sha256')
     write_json(out/'index.json', plan | {'count': sum(n['count'] for n in shards), 'shape': shards[0]['shape'], 'source': plan['source'] | {'skipped': source.skipped}, 'shards': [{k: n[k] for k in keys} for n in shards]})
     manifest = read_manifest(out)

@@ -166,9 +166,11 @@ def claim(
         try:
             if objection := _objection(folder, purpose): raise FileExistsError(objection)
             if make and not read_manifest(folder):
+                known = {'made_by': 'spherical_lfm', 'purpose': purpose, 'format': 1, 'folder_was_there': folder.exists()}
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder/MANIFEST, {'made_by': 'spherical_lfm', 'purpose': purpose, 'format': 1} | more)
-        except OSError as e: failure = e if isinstance(e, FileExistsError) or 'cannot write' in str(e) else OSError(f'cannot write {folder}: {e.strerror}')
+                write_json(folder/MANIFEST, known | more)
+        except FileExistsError as e: failure = e
+        except OSError as e: failure = OSError(e.errno, f'cannot write {folder}: {e.strerror}; choose another place')
     failure = told_by_main(failure)
     if failure: raise failure
     return folder
@@ -210,7 +212,17 @@ def locked(
     if failure: raise failure
     try: yield
     finally:
-        if state.is_main_process: lock.release()
+        if state.is_main_process:
+            lock.release()
+            _give_back(folder)
+
+def _give_back(folder: Path):
+    "Undo the claim of a folder into which nothing was written."
+    there = {p.name for p in folder.iterdir()}
+    if MANIFEST not in there or there - {MANIFEST, '.slfm.lock'}: return
+    kept = read_manifest(folder).get('folder_was_there', True)
+    for name in there: (folder/name).unlink()
+    if not kept: folder.rmdir()
 
 def remove_listed(
     folder: str | Path,   # of ours
@@ -218,6 +230,7 @@ def remove_listed(
 ):
     "Remove files that a manifest of ours lists, and folders that are empty then; what else lies there stays."
     folder = Path(folder)
+    names = [*names]
     for name in names: (folder/name).unlink(missing_ok=True)
     for inner in sorted((folder/n).parent for n in names):
         while inner != folder.parent and inner.is_dir() and not any(inner.iterdir()):

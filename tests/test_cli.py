@@ -76,7 +76,7 @@ def test_a_run_is_scored_without_files(run, tmp_path):
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path/'a.json').read_text())
     assert figures['protocol']['samples'] == 24 and figures['protocol']['method'] == 'euler' and 'is' in figures
-    assert len(list((run/'run'/'features'/'evaluate'/'images').rglob('*.png'))) == 24
+    assert len(list((run/'run'/'features'/'evaluate').glob('images-*/*/*.png'))) == 24
 
 
 def test_commands_print_nothing_of_libraries(run, tmp_path):
