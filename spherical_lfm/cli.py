@@ -13,6 +13,7 @@ import errno
 import functools
 import inspect
 import json
+import logging
 import math
 import statistics
 import subprocess
@@ -26,25 +27,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fastcore.script import anno_parser
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
 from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, readable, starting_tokenizer
-from .fidelity import all_parts, differences, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
+from .fidelity import all_parts, differences, distance_of, distance_title, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_npz, save_reference, score_features, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .probes import find_partners, get_distances
 from .sampling import METHODS, SphericalSiTPipeline, load_run, sample, tokenizer_for
 from .sit import SiT
 from .sphere import check_range, project
-from .tokenizers import atomic_write, load_tokenizer, read_json, save_grid, write_json
+from .tokenizers import atomic_write, claim, claim_file, load_tokenizer, locked, read_manifest, read_json, save_grid, write_json
 from .training import TrainConfig, Trainer, flow_loss, matmul_peak, model_flops
 
 # %% ../nbs/12_cli.ipynb #133a0885
@@ -113,12 +113,15 @@ def _arguments(work: Callable, argv: list[str] | None) -> dict:
 def _own_warnings(name: str, debug: bool) -> Iterator[None]:
     "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only on demand."
     def tell(message, category, filename, lineno, file=None, line=None): print(f'{name}: {message}', file=sys.stderr)
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         if not (debug or sys.warnoptions):
             warnings.simplefilter('ignore')
             warnings.filterwarnings('always', module='spherical_lfm')
             warnings.showwarning = tell
-        yield
+            logging.disable() # this package does not log
+        try: yield
+        finally: logging.disable(before)
 
 # %% ../nbs/12_cli.ipynb #8fd15e37
 def command(
@@ -163,6 +166,20 @@ def _images(
     if processes().is_main_process: print(source.describe(), file=sys.stderr)
     return source
 
+def _same_samples(out: str, plan: dict):
+    "Refuse a folder with samples of another run or other settings: a score of both together would be of neither."
+    claim(out, 'samples', make=False)
+    known = read_manifest(out).get('plan', plan)
+    differ = [k for k in plan if known.get(k) != plan[k]]
+    if differ: raise FileExistsError(f'{out} holds other samples (they differ in {", ".join(differ)}): choose another folder')
+
+def _write_samples(images: Tensor, labels: Tensor, out: Path):
+    "PNG files in one folder per class."
+    from torchvision.io import write_png
+    with locked(out):
+        for n, (x, c) in enumerate(zip(images, labels.tolist())):
+            with atomic_write(out/f'{c:04d}'/f'{n:06d}.png') as f: write_png(x, str(f))
+
 def _arms(names: str) -> tuple:
     "Arms from 'all' or a comma-separated list."
     chosen = tuple(ARMS) if names == 'all' else tuple(n.strip() for n in names.split(','))
@@ -173,8 +190,8 @@ def _print_report(report: dict, out: str):
     "The table of a comparison, and where the rest is."
     for arm, r in report['arms'].items():
         accuracy = '' if r['accuracy'] is None else f', accuracy {r["accuracy"]:.1%}'
-        guided = ''.join(f', with guidance {g["guidance"]} {g["fid"]:.2f}' for g in r['guided'][1:])
-        print(f'{arm:>17}: FID {r["fid"]:.2f}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
+        guided = ''.join(f', with guidance {g["guidance"]} {distance_of(g):.2f}' for g in r['guided'][1:])
+        print(f'{arm:>17}: {distance_title(report["preset"]["extractor"])} {distance_of(r):.2f}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
     print(f'pictures and details: {Path(out)/"report.html"}')
 
 # %% ../nbs/12_cli.ipynb #b4abe6d0
@@ -214,7 +231,7 @@ def slfm_demo(
     for arm in chosen:
         folder = Path(out)/arm/'pipeline'
         if not folder.exists():
-            with atomic_write(folder) as tmp: SphericalSiTPipeline.from_run(Path(out)/arm, tokenizer=decoder_name(get_preset('digits'), arm)).save_pretrained(tmp)
+            with atomic_write(folder, folder=True) as tmp: SphericalSiTPipeline.from_run(Path(out)/arm, tokenizer=decoder_name(get_preset('digits'), arm)).save_pretrained(tmp)
     _print_report(report, out)
 
 # %% ../nbs/12_cli.ipynb #155f6c94
@@ -292,7 +309,7 @@ def slfm_probe(
     source = _images(images, size, split, image_column, label_column)
     if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
     judges = get_distances(distances)
-    tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
+    tok = starting_tokenizer(tokenizer, source, out, 'a probe', _device(), mode=statistics, pack=pack, seed=seed)
     result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
     for k, found in result['summary'].items():
         print(f'{k}: direction matters {found["direction_over_radius"][0]:.1f} times as much as radius, 95 % interval [{found["direction_over_radius"][1]:.1f}, {found["direction_over_radius"][2]:.1f}]')
@@ -337,7 +354,7 @@ def slfm_finetune(
         other = _images(held_out, size, held_out_split or ('test' if held_out == 'digits' else ''), image_column, label_column)
         if other.content == source.content: raise ValueError(f'{held_out} holds the very images to finetune on: give others with --held_out or --held_out_split')
         test = readable(other, held_out_count, other.shuffled(seed))
-    tok = starting_tokenizer(tokenizer, source, out, _device(), mode=statistics, pack=pack, seed=seed)
+    tok = starting_tokenizer(tokenizer, source, out, 'finetuning', _device(), mode=statistics, pack=pack, seed=seed)
     result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if not result: return
     figures = [k for k in next(iter(result['pipelines'].values())) if k != 'count']
@@ -383,6 +400,7 @@ def slfm_train(
     switches = dict(jacobi=jacobi, compile=compile, checkpointing=checkpointing, tensorboard=tensorboard)
     settings = (get_preset(preset).train if preset else {}) | {k: v for k, v in given.items() if v is not None} | {k: v for k, v in switches.items() if v}
     config = TrainConfig(arm=arm, seed=seed, **settings)
+    claim(out, 'a run', make=False)
     trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical, verify=verify), out, classes)
     result = trainer.fit(resume=resume)
     if trainer.accelerator.is_main_process:
@@ -406,23 +424,26 @@ def slfm_sample(
     tolerance: float = 1e-2,   # of the adaptive method
     precision: str = 'float32',# float32 or bf16
     step: int = -1,            # checkpoint; -1 takes the newest
+    weights: str = 'ema',      # ema (averaged over training) or raw
     npz: bool = False,         # write OUT.npz in ADM's layout in place of PNG files
     tokenizer: str = '',       # tokenizer name or folder; empty takes the one the run was trained on
     seed: int = 0              # of the noise: sample i depends on seed and i alone
 ):
     "Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it."
-    from torchvision.io import write_png
-    model, path, record = load_run(run, None if step < 0 else step, _device())
+    model, path, record = load_run(run, None if step < 0 else step, _device(), weights)
     tok = tokenizer_for(record, tokenizer or None, _device())
     _dtype(precision)
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
-    z = sample(model, path, y, steps=steps, method=method, guidance=guidance, interval=(guide_from, guide_to), negative=None if negative < 0 else negative, shift=shift, tolerance=tolerance, precision=precision, seed=seed, progress=True)
+    settings: dict[str, Any] = dict(steps=steps, method=method, guidance=guidance, interval=(guide_from, guide_to), negative=None if negative < 0 else negative,
+                                    shift=shift, tolerance=tolerance, precision=precision, seed=seed)
+    grid = claim_file(f'{Path(out)}-grid.png') # beside the folder, which stays a clean image source
+    plan = {'weights': record['weights'], 'decoder': tok.identity, 'labels': y.tolist()} | settings | {'interval': [guide_from, guide_to]}
+    if npz: claim_file(f'{Path(out)}.npz')
+    else: _same_samples(out, plan)
+    z = sample(model, path, y, progress=True, **settings)
     with torch.no_grad(): images = torch.cat([tok.decode(x).cpu() for x in z.split(64)])
-    if npz:
-        with atomic_write(f'{Path(out)}.npz') as f, open(f, 'wb') as h: np.savez(h, arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy(), arr_1=y.numpy())
-    for n, (x, c) in enumerate(zip(to_uint8(images), y.tolist())) if not npz else ():
-        with atomic_write(Path(out)/f'{c:04d}'/f'{n:06d}.png') as f: write_png(x, str(f))
-    grid = Path(f'{Path(out)}-grid.png') # beside the folder, which stays a clean image source
+    if npz: save_npz(to_uint8(images).permute(0, 2, 3, 1).numpy(), y, f'{Path(out)}.npz')
+    else: _write_samples(to_uint8(images), y, claim(out, 'samples', plan=plan))
     save_grid(images[:100], grid)
     print(f'{count} images in {Path(out)}{".npz" if npz else ""}, overview in {grid}')
 
@@ -435,7 +456,7 @@ def slfm_evaluate(
     label_column: str = '',         # of a reference that is a table; empty takes the usual one, none takes no classes
     extractor: str = 'inception',   # inception, efficientnet or digits
     size: int = 256,                # side in pixels to which images are cropped and resized (bicubic); an .npz and a run keep their own
-    bootstrap: int = 0,             # resamplings for a 95 % interval of the FID; 0 gives none
+    bootstrap: int = 0,             # resamplings for a 95 % interval of the Fréchet distance; 0 gives none
     against: str = '',              # result of an earlier call: warn if the two cannot be compared
     save_reference_to: str = '',    # keep the reference's statistics in this .npz
     count: int = 50_000,            # for a run: samples
@@ -444,15 +465,18 @@ def slfm_evaluate(
     guidance: float = 1.,           # for a run: classifier-free guidance; 1 is none
     precision: str = 'float32',     # for a run: float32 or bf16
     step: int = -1,                 # for a run: checkpoint; -1 takes the newest
+    weights: str = 'ema',           # for a run: ema (averaged over training) or raw
     tokenizer: str = '',            # for a run: tokenizer name or folder; empty takes the one it was trained on
     save: str = 'none',             # for a run: none, png or npz keep the images as well, in RUN/features
     seed: int = 0,                  # for a run: of the noise
     out: str = ''                   # JSON file for the result; empty prints only
 ):
-    "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
+    "Fréchet distance (FID with Inception; its spatial form sFID), KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
     parts, run = all_parts(extractor), Path(samples)
     setting: dict[str, Any] = {}
     earlier: dict = {}
+    for file in (out, save_reference_to):
+        if file: claim_file(file)
     if against: earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',))
     def opened(where: str, *columns: str):
         return source_batches(where if is_npz(where) else _images(where, size, *columns))
@@ -462,7 +486,7 @@ def slfm_evaluate(
     is_run, given = (run/'checkpoints').is_dir(), None
     if is_run:
         _dtype(precision)
-        model, path, record = load_run(run, None if step < 0 else step, _device())
+        model, path, record = load_run(run, None if step < 0 else step, _device(), weights)
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
         sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none: refuses what cannot be, before any work
     else: given = opened(samples)
@@ -470,17 +494,17 @@ def slfm_evaluate(
     else: real = features(opened(reference, split, image_column, label_column), reference)
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
     if is_run:
-        drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, f'step {record["step"]}', save, **setting)
+        drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, record['weights'], save, **setting)
         if not processes().is_main_process: return
-        setting |= {'seed': seed, 'checkpoint': record['step']}
+        setting |= {'seed': seed, 'checkpoint': record['step'], 'weights': weights}
     else: drawn = features(given, samples)
-    figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
+    figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
     resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {size} px'
     figures['protocol']['resize'] = f'{resized}; then {figures["protocol"]["resize"]}'
     if against:
         apart = differences(figures['protocol'], earlier['protocol'])
         if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)
-    if out: write_json(out, figures)
+    if out: write_json(claim_file(out), figures)
     print(json.dumps(figures, indent=1))
 
 # %% ../nbs/12_cli.ipynb #3295595d
@@ -729,8 +753,9 @@ def slfm_bench(
              'train': lambda: bench_train(**shared(), eager=not no_eager), 'sample': lambda: bench_sample(**shared()), 'loader': lambda: bench_loader(**shared('model', 'batch_size', 'precision', 'side')),
              'fidelity': lambda: bench_fidelity(extractor, tokenizer, size, count, rounds or 3)}
     if what not in known: raise ValueError(f'unknown benchmark {what!r}: choose one of {", ".join(known)}')
+    if out: claim_file(out)
     result = known[what]() | {'environment': environment()}
-    if out: write_json(out, result)
+    if out: write_json(claim_file(out), result)
     print(result['what'], 'on', result['environment']['device'])
     for name, value in _flat({k: v for k, v in result.items() if k not in ('what', 'environment')}): print(f'{name:>32} {value}')
 

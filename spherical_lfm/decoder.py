@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PatchDiscriminator', 'critic_loss', 'adaptive_weight', 'seeded_generator', 'DataOrder', 'ReadAhead', 'checkpoints',
-           'seal', 'newest_checkpoint', 'optimizer_tensors', 'restore_optimizer', 'swapped_weights', 'ResumableRun',
-           'FinetuneConfig', 'DecoderTrainer', 'finetune_decoder', 'frechet_distance', 'ssim', 'reconstruction_metrics']
+           'seal', 'remove_checkpoint', 'newest_checkpoint', 'optimizer_tensors', 'restore_optimizer',
+           'swapped_weights', 'ResumableRun', 'FinetuneConfig', 'DecoderTrainer', 'finetune_decoder',
+           'frechet_distance', 'ssim', 'reconstruction_metrics']
 
 # %% ../nbs/04_decoder.ipynb #0a947fe4
 import copy
 import json
 import math
-import shutil
 import signal
 import tempfile
 import time
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .probes import efficientnet_distance, lpips_distance
 from .sphere import check_range
-from .tokenizers import Tokenizer, atomic_write, psnr, read_json, save_grid, write_json
+from .tokenizers import Tokenizer, atomic_write, claim, locked, remove_listed, psnr, read_json, save_grid, write_json
 
 # %% ../nbs/04_decoder.ipynb #e3c74b07
 class PatchDiscriminator(nn.Sequential):
@@ -140,6 +140,14 @@ def seal(
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob('*')) if f.is_file()}
     write_json(folder/'state.json', state | {'files': files})
 
+def remove_checkpoint(
+    folder: Path # of a run of ours
+):
+    "Remove the files that a checkpoint lists; one that lists none is left alone."
+    try: listed = json.loads((folder/'state.json').read_text())['files']
+    except (OSError, ValueError, KeyError): return
+    remove_listed(folder, [*listed, 'state.json'])
+
 def newest_checkpoint(
     run: str | Path # a run folder
 ) -> Path | None: # None if there is none
@@ -202,6 +210,7 @@ class ResumableRun:
     """
     free: tuple = ('steps', 'log_every', 'checkpoint_every', 'compile') #: settings that may change between calls
     memory_advice = 'lower the batch size' #: what to do when memory runs out
+    purpose = 'a run' #: what the manifest of its folder says
     step, seconds, _stop = 0, 0., False
     _board: Any = None
     _saved_at: int | None = None
@@ -221,8 +230,15 @@ class ResumableRun:
         progress: bool = True,        # show a progress bar
         resume: str | Path = 'auto'   # 'auto': from the newest whole checkpoint, if there is one; 'never': refuse a folder that has some; or a checkpoint folder
     ) -> dict: # 'step', 'stopped' (by a signal), 'final_loss', 'seconds'
-        "Train. SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return. Raises `FloatingPointError` if the loss diverges, `torch.OutOfMemoryError` with what helps; checkpoints stay as they are."
-        self._begin(resume)
+        "Train. SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return. Raises `FloatingPointError` if the loss diverges, `torch.OutOfMemoryError` with what helps; checkpoints stay as they are; `FileExistsError` if the folder is neither new nor a run of ours."
+        claim(self.out, self.purpose, make=False)
+        self._start(resume)
+        claim(self.out, self.purpose)
+        with locked(self.out):
+            self._open()
+            return self._loop(until, progress)
+
+    def _loop(self, until: int | None, progress: bool) -> dict:
         c, end = self.config, min(until or self.config.steps, self.config.steps)
         totals: dict = {}
         count, mark, since = 0, time.perf_counter(), self.step
@@ -305,14 +321,17 @@ class ResumableRun:
 
     def _folder(self) -> Path: return self.out/'checkpoints'/f'step-{self.step:08d}'
 
-    def _begin(self, resume: str | Path):
+    def _start(self, resume: str | Path):
+        "Load the checkpoint to go on from, if there is one."
         if resume == 'never' and checkpoints(self.out): raise ValueError(f'{self.out} holds checkpoints, and resume is never: choose another folder, or resume auto')
         start = newest_checkpoint(self.out) if resume == 'auto' else None if resume == 'never' else Path(resume)
         if start is not None:
             self.load(start)
             self._saved_at = self.step
+
+    def _open(self):
+        "Make the folder ready for writing."
         if self.accelerator.is_main_process:
-            for left in (*self.out.glob('.*'), *(self.out/'checkpoints').glob('.*')): shutil.rmtree(left, ignore_errors=True) # of writes that were killed
             write_json(self.out/'run.json', self.info)
             kept = [json.dumps(r) + '\n' for r in self.log() if r['step'] <= self.step]
             with atomic_write(self.out/'log.jsonl') as f: f.write_text(''.join(kept))
@@ -430,6 +449,8 @@ class _Feed:
 # %% ../nbs/04_decoder.ipynb #6dc2012c
 class DecoderTrainer(ResumableRun):
     "Finetunes a copy of a tokenizer's decoder, encoder frozen, into a run folder; the tokenizer's `spherical` decides whether tokens are projected."
+    purpose = 'a decoder run'
+
     def __init__(self,
         tokenizer: Tokenizer,                  # start
         images,                                # [N, 3, H, W] in [-1, 1], or an `ImageSource`
@@ -506,7 +527,7 @@ class DecoderTrainer(ResumableRun):
         folder, unwrapped = self._folder(), self.accelerator.unwrap_model(self.judge)
         states = [optimizer_tensors(m, o.optimizer) for m, o in ((self.decode, self.optimizer), (self.judge, self.critic_optimizer))]
         if self.accelerator.is_main_process:
-            with atomic_write(folder) as tmp:
+            with atomic_write(folder, folder=True, existing='replace') as tmp:
                 tmp.mkdir()
                 named = lambda tensors: {k: p.detach().contiguous() for k, p in zip(self._names, tensors)}
                 for name, tensors in (('decoder', named(self.weights)), ('ema', named(self.ema)), ('critic', unwrapped.state_dict()), ('optimizer', states[0]), ('critic_optimizer', states[1])):
@@ -588,12 +609,13 @@ def ssim(
 def reconstruction_metrics(
     tokenizer: Tokenizer,                # what to measure
     images: Tensor | Iterable[Tensor],   # [N, 3, H, W] in [-1, 1], or batches of them
-    features: Callable | None = None,    # images -> [B, f], for rFID; None leaves it out
+    features: Callable | None = None,    # images -> [B, f], for the distance of reconstructions; None leaves it out
     distances: dict | None = None,       # further figures: name -> (images, images) -> [B]
     decoder: Tokenizer | None = None,    # decode with another tokenizer of the same latents
     batch_size: int = 64,                # images at a time
-    reference: Tensor | None = None      # features of the images where they are known already [N, f]
-) -> dict: # {'psnr', 'ssim', 'rfid', names of `distances`, 'count'}
+    reference: Tensor | None = None,     # features of the images where they are known already [N, f]
+    extractor: str = 'none'              # whose features they are: the distance is called rFID for 'inception' alone
+) -> dict: # {'psnr', 'ssim', 'rfd' or 'rfid', names of `distances`, 'count'}
     "Reconstruction quality over a set of images. Raises `ValueError` if `decoder` belongs to other latents or there are no images."
     decoder = decoder or tokenizer
     if decoder.latent_identity != tokenizer.latent_identity: raise ValueError('the two tokenizers do not share their latents: encoders or transforms differ')
@@ -609,5 +631,5 @@ def reconstruction_metrics(
         if features and reference is None: real.append(features(x).cpu())
     if not rows['psnr']: raise ValueError('there are no images to measure on')
     result = {k: torch.cat(v).mean().item() for k, v in rows.items()}
-    if features: result['rfid'] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
+    if features: result['rfid' if extractor == 'inception' else 'rfd'] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
     return result | {'count': sum(len(v) for v in rows['psnr'])}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name',
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
-           'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
+           'plot_distance_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
            'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
            'readable', 'check_finetune', 'starting_tokenizer']
 
@@ -19,7 +19,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,15 +33,16 @@ from tqdm.auto import tqdm
 
 from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
-from .fidelity import EXTRACTORS, all_parts, evaluate, extract_features, feature_function, generate, protocol_of, score_features
-from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
+from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, remove_features, score_features
+from .latents import ImageSource, LatentDataset, apart_from, encode_latents, with_statistics, wants_statistics
 from .paths import ARMS, arm_path
 from .probes import (efficientnet_distance, find_partners, get_distances, plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
                                   sensitivity, summarise_swaps, swap_strip)
 from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
 from .sphere import check_range, project
-from .tokenizers import DATA, Tokenizer, atomic_write, channel_rows, digits_images, load_tokenizer, read_json, save_grid, show_images, standardise, write_json
+from .tokenizers import (DATA, Tokenizer, atomic_write, channel_rows, claim, claim_file, digits_images, load_tokenizer, read_json, save_figure, save_grid,
+                                      show_images, standardise, write_json)
 from .training import TrainConfig, Trainer, checkpoints
 
 # %% ../nbs/11_experiments.ipynb #85b8367a
@@ -104,13 +104,21 @@ def environment(
 ) -> dict: # JSON-ready
     "Versions, device, commit and command."
     packages = ('torch', 'torchvision', 'diffusers', 'timm', 'accelerate', 'torch-fidelity', 'numpy', 'scipy')
-    root = Path(DATA).parent
-    try: commit = subprocess.run(['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired): commit = None
+    commit = _commit(Path(DATA).parent)
     cuda = torch.cuda.is_available()
     return {'versions': {'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}, 'seeds': seeds or [],
             'device': torch.cuda.get_device_name() if cuda else f'cpu ({torch.get_num_threads()} threads)', 'commit': commit,
             'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+def _commit(root: Path) -> str | None:
+    "The commit of a checkout, '-dirty' if anything but stored results differs from it; None for an installed package, whatever repository lies around it."
+    if not (root/'.git').exists(): return None
+    def git(*words): return subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=10)
+    try:
+        commit = git('rev-parse', '--short=12', 'HEAD').stdout.strip()
+        changed = git('diff', '--quiet', 'HEAD', '--', '.', ':(exclude)data/results').returncode
+    except (OSError, subprocess.TimeoutExpired): return None
+    return commit + '-dirty'*bool(changed) if commit else None
 
 # %% ../nbs/11_experiments.ipynb #fd313cfb
 #: Times at which `geometry` follows the paths.
@@ -153,12 +161,12 @@ def reference_features(
 ) -> dict: # parts of the extractor -> [N, f], 'name'
     "Features of real images, a random choice if fewer than all are wanted; computed once."
     name = f'{Path(source.source).name} {source.split}'
-    file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count, 'precision': preset.precision}
+    file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count}
     kept = json.loads((folder/'reference.json').read_text()) if (folder/'reference.json').exists() else None
     if kept != plan and processes().is_main_process:
         order = source.shuffled(0) if preset.reference_count else None
         batches = tqdm((x for x, _ in source.batches(64, order, preset.reference_count)), desc='features of real images', unit='batch', disable=not progress)
-        with _autocast(preset.precision): found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
+        found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
         with atomic_write(file) as f: save_file(found, f)
         write_json(folder/'reference.json', plan)
     processes().wait_for_everyone()
@@ -191,10 +199,10 @@ def score(
     y = labels[torch.arange(count)*len(labels)//count] if count < len(labels) else labels[torch.arange(count) % len(labels)]
     options: dict[str, Any] = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
     folder = Path(run)/'features'/hashlib.sha256(repr((step, count, seed, exponential, decoder, options)).encode()).hexdigest()[:12]
-    with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress, **options)
+    with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, record['weights'], progress=progress, **options)
     processes().wait_for_everyone()
-    if processes().is_main_process: shutil.rmtree(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
-    figures = score_features(found, reference, metrics)
+    if processes().is_main_process: remove_features(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
+    figures = score_features(found, reference, metrics, extractor=preset.extractor)
     if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
     figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
         'solver': preset.method, 'solver_steps': preset.sample_steps, 'exponential': exponential, 'guidance': guidance, 'interval': list(preset.interval), 'precision': preset.precision, 'decoder': Path(decoder).parent.name if '/' in decoder else decoder, 'seed': seed}
@@ -210,7 +218,7 @@ def run_arm(
     seed: int = 0,              # of training and sampling
     curve: bool = True,         # score every checkpoint as well
     progress: bool = True       # show progress bars
-) -> dict: # 'fid', 'accuracy', 'guided', 'final_loss', 'loss_over_power', 'steps', 'seconds', 'curve', 'protocol'
+) -> dict: # 'fid' or 'fd' (`distance_key`), 'kid', 'accuracy', 'guided', 'final_loss', 'loss_over_power', 'steps', 'seconds', 'curve', 'protocol'
     "Train and score one arm; whatever is finished is reused. Raises `InterruptedError` if training is stopped by a signal."
     config = TrainConfig(arm=arm, seed=seed, **preset.train)
     data = LatentDataset(latents, spherical=arm_path(arm).spherical)
@@ -223,7 +231,7 @@ def run_arm(
     if kept.get('preset') != protocol: kept = {'preset': protocol, 'curve': {}, 'final': {}}
     def keep():
         if main: write_json(store, kept)
-    labels = data.y.cpu()
+    labels, name = data.y.cpu(), distance_key(preset.extractor)
     if kept.get('step') != config.steps: kept |= {'step': config.steps, 'final': {}}
     for guidance in preset.guidances:
         if str(guidance) in kept['final']: continue
@@ -233,14 +241,14 @@ def run_arm(
         step = int(folder.name.removeprefix('step-'))
         if step > config.steps or str(step) in kept['curve']: continue
         known = step == config.steps and preset.samples == preset.curve_samples
-        kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))['fid']
+        kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))[name]
         keep()
     if main and not (out/'samples.png').exists(): _overview(preset, arm, out, config.steps, labels, seed)
     final = [kept['final'][str(g)] for g in preset.guidances]
     log = trainer.log()
-    return {'fid': final[0]['fid'], 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
+    return {name: final[0][name], 'kid': final[0].get('kid'), 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
             'final_loss': result['final_loss'], 'loss_over_power': log[-1]['loss_over_power'] if log else None, 'steps': config.steps, 'seconds': result['seconds'],
-            'curve': [{'step': int(s), 'fid': f} for s, f in kept['curve'].items()], 'protocol': final[0]['protocol']}
+            'curve': [{'step': int(s), name: f} for s, f in kept['curve'].items()], 'protocol': final[0]['protocol']}
 
 # %% ../nbs/11_experiments.ipynb #8f26d136
 @torch.no_grad()
@@ -276,13 +284,15 @@ def compare(
     out: str | Path = 'runs/compare',                        # output folder
     images: Any = 'digits',                                  # an `ImageSource`, or what makes one at the preset's size
     seed: int = 0,                                           # of training and sampling
-    curve: bool = True,                                      # FID over steps
+    curve: bool = True,                                      # Fréchet distance over steps
     progress: bool = True                                    # show progress bars
 ) -> dict: # the report; empty on all but the main process
     "The matched comparison; a second call reuses what is finished. Writes report.json, table.csv and report.html. Raises `ValueError` for unknown arms or presets."
     preset = get_preset(preset) if isinstance(preset, str) else preset
     for arm in arms: arm_path(arm)
-    out, source = Path(out), images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
+    source = images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
+    apart_from(source, out)
+    out = claim(out, 'a comparison')
     tokenizer = prepare_latents(preset, source, out/'latents', progress)
     reference = reference_features(preset, source, out, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}
@@ -304,17 +314,17 @@ def comparison_table(
     return pd.DataFrame([{'arm': arm, 'steps': r['steps'], 'loss_over_power': r['loss_over_power'], **g} for arm, r in rows.items() for g in r['guided']])
 
 def steps_to_reach(
-    rows: dict,                      # arm -> {'curve': [{'step', 'fid'}]}
+    rows: dict,                      # arm -> {'curve': [{'step', 'fid' or 'fd'}]}
     arm: str,                        # which arm
     target: str = 'vanilla-linear'   # the arm whose last point is to be reached
-) -> float | None: # steps, between checkpoints by interpolation of log FID; None if it never gets there or there is no curve
+) -> float | None: # steps, between checkpoints by interpolation of the log distance; None if it never gets there or there is no curve
     "After how many steps an arm is as good as another one at its end."
     if target not in rows or not rows[target]['curve'] or not rows[arm]['curve']: return None
-    goal, before = rows[target]['curve'][-1]['fid'], None
+    goal, before = distance_of(rows[target]['curve'][-1]), None
     for point in rows[arm]['curve']:
-        if point['fid'] <= goal:
-            if before is None or before['fid'] == point['fid']: return float(point['step'])
-            share = math.log(before['fid']/goal)/math.log(before['fid']/point['fid'])
+        if distance_of(point) <= goal:
+            if before is None or distance_of(before) == distance_of(point): return float(point['step'])
+            share = math.log(distance_of(before)/goal)/math.log(distance_of(before)/distance_of(point))
             return before['step'] + share*(point['step'] - before['step'])
         before = point
     return None
@@ -333,15 +343,18 @@ def _picture(fig, caption: str) -> str:
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 # %% ../nbs/11_experiments.ipynb #0b643ce5
-def plot_fid_curves(
-    rows: dict,   # arm -> {'curve': [{'step', 'fid'}]}
-    ax=None       # matplotlib axes; None makes a figure
+def plot_distance_curves(
+    rows: dict,                   # arm -> {'curve': [{'step', 'fid' or 'fd'}]}
+    extractor: str = 'inception', # whose distance it is, for the axis
+    ax=None                       # matplotlib axes; None makes a figure
 ):
-    "FID over training steps, one line per arm; returns the axes."
+    "Fréchet distance over training steps, one line per arm; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
-    for arm, row in rows.items(): ax.semilogy([p['step'] for p in row['curve']], [p['fid'] for p in row['curve']], marker='o', label=arm, **path_style(arm))
-    ax.set(xlabel='training steps', ylabel='FID')
+    for arm, row in rows.items():
+        steps, distances = [p['step'] for p in row['curve']], [distance_of(p) for p in row['curve']]
+        ax.semilogy(steps, distances, marker='o', label=arm, **path_style(arm))
+    ax.set(xlabel='training steps', ylabel=distance_title(extractor))
     ax.legend(fontsize=8)
     return ax
 
@@ -356,7 +369,8 @@ def report_html(
     import matplotlib.pyplot as plt
     g, env = found['report'], report['environment']
     number = lambda v, f: '–' if v is None else format(v, f)
-    table = ''.join(f'<tr><td>{a}</td><td>{r["fid"]:.2f}</td><td>{number(r["accuracy"], ".1%")}</td><td>{number(r["final_loss"], ".4f")}</td><td>{r["steps"]}</td><td>{r["seconds"]:.0f}</td></tr>' for a, r in report['arms'].items())
+    called = distance_title(report['preset']['extractor'])
+    table = ''.join(f'<tr><td>{a}</td><td>{distance_of(r):.2f}</td><td>{number(r["accuracy"], ".1%")}</td><td>{number(r["final_loss"], ".4f")}</td><td>{r["steps"]}</td><td>{r["seconds"]:.0f}</td></tr>' for a, r in report['arms'].items())
     protocol = next(iter(report['arms'].values()))['protocol']
     pictures = [_picture(plot_norms({'noise': found['noise'], 'tokens': found['latents']}).figure, 'Token lengths and the Gaussian shell')]
     d = found['latents'].shape[1]
@@ -373,13 +387,13 @@ def report_html(
         ax.axis('off')
         pictures.append(_picture(fig, f'Samples of {arm}, same noise and the classes of the real images above'))
     if any(r['curve'] for r in report['arms'].values()):
-        pictures.append(_picture(plot_fid_curves(report['arms']).figure, f'FID over steps, {report["preset"]["curve_samples"]} samples each'))
+        pictures.append(_picture(plot_distance_curves(report['arms'], report['preset']['extractor']).figure, f'{called} over steps, {report["preset"]["curve_samples"]} samples each'))
     versions = ', '.join(f'{k} {v}' for k, v in env['versions'].items())
     shares = lambda k: ', '.join(f'{v:.2f}' for v in g['radial_share'][k])
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><title>Matched comparison</title><style>{_STYLE}</style>
 <h1>Matched comparison</h1><p>{html.escape(report["preset"]["note"])}</p>
-<table><tr><th>arm</th><th>FID</th><th>accuracy</th><th>final loss</th><th>steps</th><th>seconds</th></tr>{table}</table>
-<p>FID: extractor <code>{protocol["extractor"]}</code> (layer {protocol["layer"]}), {protocol["samples"]} samples against {protocol["reference_count"]} images ({html.escape(protocol["reference"])}), resize: {html.escape(protocol["resize"])}, {protocol["bits"]} bits;
+<table><tr><th>arm</th><th>{html.escape(called)}</th><th>accuracy</th><th>final loss</th><th>steps</th><th>seconds</th></tr>{table}</table>
+<p>{html.escape(called)}: extractor <code>{protocol["extractor"]}</code> (layer {protocol["layer"]}), {protocol["samples"]} samples against {protocol["reference_count"]} images ({html.escape(protocol["reference"])}), resize: {html.escape(protocol["resize"])}, {protocol["bits"]} bits;
 sampler {protocol["solver"]}, {protocol["solver_steps"]} steps, guidance {protocol["guidance"]}. One seed: differences of this size move with the seed, and raw losses of different arms cannot be compared. Seconds count training alone.</p>
 <h2>Geometry</h2><p>Mean token length {g["mean_over_sqrt_d"]:.3f} √d, coefficient of variation {g["cv"]:.3f}. Radial share of the velocity at t = 0, ½, 1: chord {shares("linear")}; arc {shares("slerp")}.
 Swapping lengths moves a decoded image by {g["swap"]["radius"]:.3f}, directions by {g["swap"]["direction"]:.3f}, everything by {g["swap"]["full"]:.3f}.</p>
@@ -400,14 +414,15 @@ def seeds_study(
     progress: bool = True        # show progress bars
 ) -> dict: # what is written
     "All arms over several seeds at the `digits` preset; final figures only."
+    claim_file(path)
     preset = _shortened(scale)
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
         reference = reference_features(preset, ImageSource('digits'), Path(tmp), progress)
         rows = [{'arm': arm, 'seed': s, **run_arm(preset, arm, Path(tmp)/'latents', reference, Path(tmp)/f'{arm}-{s}', s, False, progress)} for s in seeds for arm in ARMS]
     for r in rows: del r['curve']
-    held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid',))
-    result = {'rows': rows, 'held_out_fid': held_out['fid'], 'held_out_count': held_out['protocol']['samples'], 'environment': environment(list(seeds))}
+    held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid', 'kid'))
+    result = {'rows': rows, 'held_out_fd': held_out['fd'], 'held_out_kid': held_out['kid'], 'held_out_count': held_out['protocol']['samples'], 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
 
@@ -429,7 +444,8 @@ def solver_study(
     scale: float = 1.,                      # fraction of the full number of steps and samples
     progress: bool = True                   # show progress bars
 ) -> dict: # what is written
-    "FID against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
+    "Fréchet distance against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
+    claim_file(path)
     preset = _shortened(scale)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
@@ -442,7 +458,7 @@ def solver_study(
             counted = _Counted(model)
             z = sample(counted, route, y, method=method, batch_size=len(y), **options)
             with torch.no_grad(): features = extract_features(tokenizer.decode(z), 'digits')
-            rows.append({'method': method, 'evaluations': counted.calls, **options, 'fid': score_features({'features': features}, reference, ('fid',))['fid']})
+            rows.append({'method': method, 'evaluations': counted.calls, **options, 'fd': score_features({'features': features}, reference, ('fid',), extractor='digits')['fd']})
         for method, solver in METHODS.items():
             for n in budgets: measure(method, steps=max(1, n//solver.evaluations))
         for tolerance in tolerances: measure('adaptive', tolerance=tolerance)
@@ -493,6 +509,7 @@ def evolution_study(
 ) -> dict: # what the JSON holds
     "Chord and arc side by side, on runs of the `digits` preset, each decoded by its own decoder; same noise, same classes."
     import matplotlib.pyplot as plt
+    claim_file(path), claim_file(Path(path).with_suffix('.json'))
     preset, found = _shortened(scale), {}
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
@@ -501,7 +518,7 @@ def evolution_study(
             Trainer(TrainConfig(arm=arm, **preset.train), LatentDataset(Path(tmp)/'latents', spherical=spherical), Path(tmp)/arm).fit(progress=progress)
             found[arm] = evolution(Path(tmp)/arm, load_tokenizer(decoder_name(preset, arm), spherical=spherical), torch.tensor([0, 3, 4, 7, 8]))
     figure = plot_evolution(found)
-    with atomic_write(path) as f: figure.savefig(f, format='png', dpi=110)
+    save_figure(figure, path, 110)
     plt.close(figure)
     result = {arm: {k: v for k, v in f.items() if k != 'images'} for arm, f in found.items()} | {'environment': environment([0])}
     write_json(Path(path).with_suffix('.json'), result)
@@ -582,10 +599,12 @@ def analyze_study(
     "Is this latent space a sphere? Writes analysis.json, table.csv, and geometry.png and .svg, whole or not at all."
     import matplotlib.pyplot as plt
     import pandas as pd
-    out, name = Path(out), name or tokenizer.name
+    apart_from(source, out)
+    out, name = claim(out, 'an analysis', make=False), name or tokenizer.name
     file, found = out/'analysis.json', {}
     if file.exists(): found = read_json(file, 'table of slfm_analyze', 'use another output folder')
     tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
+    claim(out, 'an analysis')
     if not processes().is_main_process: return {}
     both = {'raw': raw.summary(), 'processed': processed.summary()}
     protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,
@@ -595,7 +614,7 @@ def analyze_study(
     with atomic_write(out/'table.csv') as f: pd.DataFrame([r['row'] for r in found.values()]).to_csv(f, index=False)
     figure = plot_geometry(found)
     for format in ('png', 'svg'):
-        with atomic_write(out/f'geometry.{format}') as f: figure.savefig(f, format=format, dpi=130)
+        save_figure(figure, out/f'geometry.{format}')
     plt.close(figure)
     return found
 
@@ -626,7 +645,9 @@ def probe_study(
 ) -> dict: # 'summary', 'values', 'sensitivity', 'response', 'protocol', 'environment'
     "Does this decoder read direction? Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner."
     import matplotlib.pyplot as plt
-    out, where = Path(out), next(tokenizer.parameters()).device
+    where = next(tokenizer.parameters()).device
+    apart_from(source, out)
+    claim(out, 'a probe', make=False)
     check_range(1, count=count, sensitivity_count=sensitivity_count, batch_size=batch_size)
     judges, missing = get_distances(distances) if isinstance(distances, str) else distances
     encoded, classes = [], []
@@ -646,13 +667,14 @@ def probe_study(
               'sensitivity': turned, 'response': layers,
               'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'images': source.understood, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
                            'neighbours': neighbours, 'sensitivity_images': len(some), 'skipped': len(source.skipped), 'not_available': sorted(missing)}, 'environment': environment([seed])}
+    out = claim(out, 'a probe')
     write_json(out/'probe.json', result)
     figures = {'swaps': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained'), 'sensitivity': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained')}
     for (name, (figure, axes)), draw in zip(figures.items(), (lambda k, ax: plot_swaps(swaps, k, ax), lambda k, ax: plot_sensitivity(turned, k, ax))):
         for k, ax in zip(judges, axes[0]): draw(k, ax)
     drawn: dict[str, Any] = {name: figure for name, (figure, _) in figures.items()} | {'response': plot_response(layers).figure, 'strip': swap_strip(tokenizer, z, anchors, partner, 12).figure}
     for name, figure in drawn.items():
-        with atomic_write(out/f'{name}.png') as f: figure.savefig(f, format='png', dpi=130)
+        save_figure(figure, out/f'{name}.png')
         plt.close(figure)
     return result
 
@@ -664,12 +686,13 @@ def finetune_study(
     config: FinetuneConfig | None = None,   # None means the defaults
     arms: tuple = ('spherical', 'control'), # which decoders
     held_out: Tensor | None = None,         # images [M, 3, H, W] neither decoder is trained on; None takes the first of `images`
-    extractor: str = 'auto',                # features for rFID: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
+    extractor: str = 'auto',                # features for rFID or rFD: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
     progress: bool = True                   # show progress bars
 ) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
     "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises `ValueError` for unknown arms, and what `finetune_decoder` raises."
     check_finetune(arms, extractor)
-    out, config = Path(out), config or FinetuneConfig()
+    if isinstance(images, ImageSource): apart_from(images, out)
+    out, config = claim(out, 'finetuning'), config or FinetuneConfig()
     seen = held_out is None
     if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
     variant = lambda spherical: Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
@@ -685,14 +708,14 @@ def finetune_study(
     try: distances['efficientnet-perceptual'] = efficientnet_distance()
     except ConnectionError as e: missing['efficientnet-perceptual'] = str(e)
     known = None if features is None else torch.cat([features(x) for x in held_out.split(64)])
-    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known)
+    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known, extractor=used or 'none')
     result: dict[str, Any] = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
     if len(arms) == 2:
         spherical, control = pipelines['finetuned spherical'], pipelines['finetuned control']
         result['decoder_swap'] = {'spherical tokens, control decoder': measure(spherical, control), 'vanilla tokens, spherical decoder': measure(control, spherical)}
     first = next(iter(pipelines.values()))
     result |= {'config': asdict(config), 'protocol': {'tokenizer': first.name, 'latent_identity': first.latent_identity, 'transform': {k: v for k, v in first.transform.config.items() if k not in ('mean', 'std')},
-               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'images': images.understood if isinstance(images, ImageSource) else None, 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'rfid_features': used, 'not_available': sorted(missing)},
+               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'images': images.understood if isinstance(images, ImageSource) else None, 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'extractor': used, 'not_available': sorted(missing)},
                'logs': {arm: [json.loads(line) for line in (out/arm/'log.jsonl').read_text().splitlines()] for arm in arms}, 'environment': environment([config.seed])}
     write_json(out/'evaluation.json', result)
     with torch.no_grad(): rows = [t.decode(t.encode(held_out[:12].to(next(t.parameters()).device))).cpu() for t in pipelines.values()]
@@ -712,7 +735,7 @@ def readable(
 
 def check_finetune(
     arms: tuple,   # which decoders
-    extractor: str # features for rFID
+    extractor: str # features for the distance of reconstructions
 ):
     "Raise `ValueError` for arms and features that `finetune_study` does not know."
     if set(arms) - {'spherical', 'control'} or not arms:
@@ -724,18 +747,22 @@ def starting_tokenizer(
     name_or_path: str,       # as for `load_tokenizer`
     source: ImageSource,     # images to measure statistics on
     out: str | Path,         # output folder of a study
+    purpose: str,            # what it is claimed for
     device: str = 'cpu',     # where to put it
     **statistics             # 'mode', 'pack', 'seed', ... of `with_statistics`
 ) -> Tokenizer: # vanilla
     "The tokenizer that a study starts from, kept in `out`/start so that a study that goes on uses the very same statistics. Raises `ValueError` if what is kept there has other weights."
     folder, tokenizer = Path(out)/'start', load_tokenizer(name_or_path, spherical=False, device=device)
     tokenizer.latent_shape(source.size, source.size)
+    apart_from(source, out)
+    claim(out, purpose, make=False)
     if told_by_main(folder.exists()):
         kept = load_tokenizer(folder, device=device)
         plain = lambda t: Tokenizer(t.autoencoder).identity
         if plain(kept) != plain(tokenizer): raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')
         return kept
     tokenizer = with_statistics(tokenizer, source, **statistics)
+    claim(out, purpose)
     if processes().is_main_process: tokenizer.save_pretrained(folder)
     processes().wait_for_everyone()
     return load_tokenizer(folder, device=device)

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'FIGURES', 'DigitExtractor', 'EfficientNetExtractor', 'InceptionExtractor', 'Extractor',
            'feature_function', 'all_parts', 'extract_features', 'save_reference', 'load_reference', 'npz_batches',
-           'is_npz', 'score_features', 'protocol_of', 'differences', 'evaluate', 'generate', 'frechet_distance',
-           'to_uint8']
+           'is_npz', 'distance_key', 'distance_title', 'distance_of', 'score_features', 'protocol_of', 'differences',
+           'evaluate', 'generate', 'remove_features', 'frechet_distance', 'to_uint8']
 
 # %% ../nbs/10_fidelity.ipynb #6df2f956
 import hashlib
 import json
-import shutil
 import warnings
 import zipfile
 import zlib
@@ -42,7 +41,7 @@ from .paths import Path as FlowPath
 from .probes import cached_weights, efficientnet_lite0, load_digit_features
 from .sampling import sample
 from .sphere import check_range
-from .tokenizers import Tokenizer, atomic_write, to_uint8, write_json
+from .tokenizers import MANIFEST, Tokenizer, atomic_write, claim, claim_file, locked, read_manifest, remove_listed, to_uint8, write_json
 
 # %% ../nbs/10_fidelity.ipynb #f2782899
 _all_ = ['frechet_distance', 'to_uint8']
@@ -167,7 +166,8 @@ def feature_function(
     def extract(images: Tensor):
         _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)
-        with torch.no_grad(): found = dict(zip(parts, (f.float().cpu() for f in net(x))))
+        with torch.no_grad(), torch.autocast(device, enabled=False): # figures are those of float32 features, whatever made the images
+            found = dict(zip(parts, (f.float().cpu() for f in net(x))))
         return found if len(parts) > 1 else found[parts[0]]
     return extract
 
@@ -193,11 +193,11 @@ def save_reference(
     features: dict,    # from `extract_features`: 'features' and perhaps 'spatial'
     path: str | Path   # an .npz file
 ):
-    "Write mean and covariance in ADM's format."
-    stored: dict[str, Any] = {'count': len(features['features'])}
+    "Write mean and covariance in ADM's format. Raises `FileExistsError` if somebody else's file is there."
+    stored: dict[str, Any] = {'count': len(features['features']), 'made_by': 'spherical_lfm'}
     for part, suffix in (('features', ''), ('spatial', '_s')):
         if part in features: stored |= {f'{k}{suffix}': v for k, v in fid_features_to_statistics(features[part].double()).items()}
-    with atomic_write(path) as tmp:
+    with atomic_write(claim_file(path)) as tmp:
         with open(tmp, 'wb') as h: np.savez(h, **stored)
 
 def load_reference(
@@ -299,6 +299,24 @@ def _npz_batches(path: str | Path, stored: Any, batch_size: int) -> Iterator[Ten
 #: What `score_features` can compute.
 FIGURES = ('fid', 'sfid', 'kid', 'is', 'prc')
 
+def distance_key(
+    extractor: str # a key of `EXTRACTORS`
+) -> str: # 'fid' or 'fd'
+    "What results call the Fréchet distance: FID is the one on Inception's features, and no other."
+    return 'fid' if extractor == 'inception' else 'fd'
+
+def distance_title(
+    extractor: str # a key of `EXTRACTORS`
+) -> str: # for axes and tables
+    "What people read."
+    return 'FID' if extractor == 'inception' else f'Fréchet distance ({extractor} features)'
+
+def distance_of(
+    figures: dict # with 'fid' or 'fd'
+) -> float:
+    "The Fréchet distance among figures, by whichever name."
+    return figures['fid'] if 'fid' in figures else figures['fd']
+
 def _gaussian(features: Tensor) -> dict: return fid_features_to_statistics(features.double())
 
 def _distance(a: dict, b: dict) -> float:
@@ -309,9 +327,10 @@ def score_features(
     samples: dict,             # parts of an extractor -> [N, f]
     reference: dict,           # the same, or statistics from `load_reference`
     metrics: tuple = FIGURES,  # which figures; those that the reference cannot give are left out
-    bootstrap: int = 0,        # resamplings for the interval of the FID; 0 gives none
-    seed: int = 0              # of the bootstrap
-) -> dict: # 'fid', 'fid_interval', 'sfid', 'kid', 'is', 'precision', 'recall'
+    bootstrap: int = 0,        # resamplings for the interval of the Fréchet distance; 0 gives none
+    seed: int = 0,             # of the bootstrap
+    extractor: str = 'inception' # whose features these are: the Fréchet distance is called FID for Inception alone
+) -> dict: # 'fid' or 'fd' (see `distance_key`), the same with '_interval' and, spatial, with 's' before it; 'kid', 'is', 'precision', 'recall'
     "Figures from features. Raises `ValueError` for features of another size, fewer than 10 samples, or values that are not finite."
     for what, x in (('samples', samples), ('reference', reference)):
         if 'features' not in x: continue
@@ -319,17 +338,17 @@ def score_features(
         if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)):
             raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
     if bootstrap: check_range(2, bootstrap=bootstrap)
-    stored = 'mu' in reference
+    stored, name = 'mu' in reference, distance_key(extractor)
     figures: dict[str, Any] = {}
     moments = lambda part, suffix: {'mu': reference[f'mu{suffix}'], 'sigma': reference[f'sigma{suffix}']} if stored else _gaussian(reference[part])
     if 'fid' in metrics:
         there = moments('features', '')
-        figures['fid'] = _distance(_gaussian(samples['features']), there)
+        figures[name] = _distance(_gaussian(samples['features']), there)
         if bootstrap:
             g, f = torch.Generator().manual_seed(seed), samples['features']
             spread = 1.96*float(np.std([_distance(_gaussian(f[torch.randint(len(f), (len(f),), generator=g)]), there) for _ in range(bootstrap)], ddof=1))
-            figures['fid_interval'] = [figures['fid'] - spread, figures['fid'] + spread]
-    if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference): figures['sfid'] = _distance(_gaussian(samples['spatial']), moments('spatial', '_s'))
+            figures[f'{name}_interval'] = [figures[name] - spread, figures[name] + spread]
+    if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference): figures[f's{name}'] = _distance(_gaussian(samples['spatial']), moments('spatial', '_s'))
     if 'is' in metrics and 'logits' in samples: figures['is'] = float(isc_features_to_metric(samples['logits'])[KEY_METRIC_ISC_MEAN])
     if stored: return _finite(figures)
     a, b = samples['features'], reference['features']
@@ -372,7 +391,7 @@ def evaluate(
     reference_name: str = 'given',   # what the reference is, for the record
     metrics: tuple = FIGURES,        # which figures
     batch_size: int = 64,            # images at a time
-    bootstrap: int = 0               # resamplings for the interval of the FID
+    bootstrap: int = 0               # resamplings for the interval of the Fréchet distance
 ) -> dict: # figures and 'protocol'
     "Score images in memory against others; the result says how. Raises `ValueError` for wrong shapes, NaN, or too few images."
     for what, x in (('samples', samples), ('reference', reference)):
@@ -380,7 +399,7 @@ def evaluate(
         if len(x) < 10: raise ValueError(f'{len(x)} {what} are too few to compare distributions')
         if not torch.isfinite(x).all(): raise ValueError(f'{what} contain NaN or Inf')
     a, b = (extract_features(x, extractor, batch_size, all_parts(extractor)) for x in (samples, reference))
-    return score_features(a, b, metrics, bootstrap) | {'protocol': protocol_of(extractor, len(samples), reference_name, b)}
+    return score_features(a, b, metrics, bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(samples), reference_name, b)}
 
 # %% ../nbs/10_fidelity.ipynb #db6800e5
 def generate(
@@ -403,36 +422,56 @@ def generate(
     if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
     check_range(1, shard=shard, batch_size=batch_size, decode_size=decode_size)
     sample(model, path, labels[:0], **options) # none at all: refuses what cannot be, before anything is written
-    state, out, parts = processes(), Path(out), all_parts(extractor)
+    parts = all_parts(extractor)
     digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
     plan = {'count': len(labels), 'labels': digest, 'extractor': extractor, 'seed': seed, 'identity': identity, 'decoder': tokenizer.identity, 'path': repr(path), 'save': save, 'shard': shard} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    if state.is_main_process:
-        try: kept = json.loads((out/'plan.json').read_text())
-        except (OSError, json.JSONDecodeError): kept = None
-        if kept != plan:
-            for left in (*out.glob('features-*'), *out.glob('images*')): shutil.rmtree(left) if left.is_dir() else left.unlink()
-            write_json(out/'plan.json', plan)
-    state.wait_for_everyone()
-    extract, todo = feature_function(extractor, parts), range(state.process_index, -(-len(labels)//shard), state.num_processes)
-    file = lambda k: out/f'features-{k:05d}.safetensors'
-    bar = tqdm(total=sum(len(labels[k*shard:(k + 1)*shard]) for k in todo), desc='sampling and extracting', unit='image', disable=not (progress and state.is_main_process))
-    for k in todo:
-        y, held, pictures = labels[k*shard:(k + 1)*shard], [], []
-        if not file(k).exists():
-            z = sample(model, path, y, seed=seed, first=k*shard, batch_size=batch_size, **options)
-            for part in z.split(decode_size):
-                with torch.no_grad(): images = to_uint8(tokenizer.decode(part))
-                held.append(extract(images))
-                if save != 'none': pictures.append(images.cpu())
-            if pictures: _keep(torch.cat(pictures), y, k*shard, out/'images', save)
-            tensors = {p: torch.cat([h[p] for h in held]) for p in parts} | {'y': y}
-            with atomic_write(file(k)) as tmp: save_file(tensors, tmp)
-        bar.update(len(y))
-    bar.close()
-    state.wait_for_everyone()
-    shards = [load_file(file(k)) for k in range(-(-len(labels)//shard))]
-    if save == 'npz' and state.is_main_process: _join(out)
+    extract, out, state = feature_function(extractor, parts), claim(out, 'features'), processes()
+    with locked(out):
+        stem = _begin_features(out, plan)
+        files = {k: out/f'features-{stem}-{k:05d}.safetensors' for k in range(-(-len(labels)//shard))}
+        todo = range(state.process_index, len(files), state.num_processes)
+        bar = tqdm(total=sum(len(labels[k*shard:(k + 1)*shard]) for k in todo), desc='sampling and extracting', unit='image', disable=not (progress and state.is_main_process))
+        for k in todo:
+            y = labels[k*shard:(k + 1)*shard]
+            if not files[k].exists():
+                z = sample(model, path, y, seed=seed, first=k*shard, batch_size=batch_size, **options)
+                found = _decode_and_extract(z, tokenizer, extract, parts, decode_size, save != 'none')
+                if save != 'none': _keep(found.pop('images'), y, k*shard, out/f'images-{stem}', save)
+                with atomic_write(files[k]) as tmp: save_file(found | {'y': y}, tmp)
+            bar.update(len(y))
+        bar.close()
+        state.wait_for_everyone()
+        shards = [load_file(f) for f in files.values()]
+        if save == 'npz' and state.is_main_process: _join(out/f'images-{stem}', shards)
     return {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+
+def _begin_features(out: Path, plan: dict) -> str:
+    "A hash of the plan for the names of its files, noted in the manifest; features of other plans are removed, images never."
+    stem = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
+    if processes().is_main_process:
+        manifest = read_manifest(out)
+        remove_listed(out, [f.name for old in manifest.get('plans', {}) if old != stem for f in out.glob(f'features-{old}-*')])
+        write_json(out/MANIFEST, manifest | {'plans': {stem: plan}})
+    processes().wait_for_everyone()
+    return stem
+
+def _decode_and_extract(z: Tensor, tokenizer: Tokenizer, extract: Callable, parts: tuple, size: int, images: bool) -> dict:
+    "Features of latents, and on demand their images, a few at a time."
+    held: list[dict] = []
+    for part in z.split(size):
+        with torch.no_grad(): x = to_uint8(tokenizer.decode(part))
+        found = extract(x)
+        held.append((found if len(parts) > 1 else {parts[0]: found}) | ({'images': x.cpu()} if images else {}))
+    return {k: torch.cat([h[k] for h in held]) for k in held[0]}
+
+def remove_features(
+    out: str | Path # folder of `generate`
+):
+    "Remove the features that a folder of ours lists, and the folder if nothing else lies in it."
+    plans = read_manifest(out).get('plans', {})
+    lock = [n for n in ('.slfm.lock', MANIFEST) if (Path(out)/n).exists()]
+    features = [f.name for stem in plans for f in Path(out).glob(f'features-{stem}-*')]
+    remove_listed(out, features + (lock if not any(Path(out).glob('images-*')) else []))
 
 # %% ../nbs/10_fidelity.ipynb #5d599bbf
 def _keep(images: Tensor, y: Tensor, first: int, folder: Path, save: str):
@@ -443,10 +482,18 @@ def _keep(images: Tensor, y: Tensor, first: int, folder: Path, save: str):
     for n, (x, c) in enumerate(zip(images, y.tolist())) if save == 'png' else ():
         with atomic_write(folder/f'{c:04d}'/f'{first + n:06d}.png') as tmp: write_png(x, str(tmp))
 
-def _join(out: Path):
-    "All images in one file of ADM's layout: arr_0 [N, H, W, 3] uint8, arr_1 [N] labels."
-    parts, y = sorted((out/'images').glob('*.npy')), torch.cat([load_file(f)['y'] for f in sorted(out.glob('features-*.safetensors'))])
-    with atomic_write(out/'images.npz') as tmp, open(tmp, 'wb') as h: np.savez(h, arr_0=np.concatenate([np.load(p) for p in parts]), arr_1=y.numpy())
+def _join(folder: Path, shards: list[dict]):
+    "All images in one file of ADM's layout, beside the folder of their parts."
+    images = np.concatenate([np.load(p) for p in sorted(folder.glob('*.npy'))])
+    save_npz(images, torch.cat([s['y'] for s in shards]), folder.with_suffix('.npz'))
+
+def save_npz(
+    images: np.ndarray, # uint8 [N, H, W, 3]
+    labels: Tensor,     # [N]
+    path: str | Path    # an .npz file
+):
+    "Images in ADM's layout: arr_0 [N, H, W, 3] uint8, arr_1 [N] labels. Raises `FileExistsError` if somebody else's file is there."
+    with atomic_write(claim_file(path)) as tmp, open(tmp, 'wb') as h: np.savez(h, arr_0=images, arr_1=labels.numpy(), made_by='spherical_lfm')
 
 #| export
 def source_batches(
@@ -457,6 +504,7 @@ def source_batches(
 ) -> Iterator[Tensor]: # images [B, 3, size, size] in [-1, 1], or uint8
     "Images for an extractor, streamed; a source that is not there is refused at once."
     check_range(1, batch_size=batch_size)
-    if is_npz(source): return npz_batches(source, batch_size)
-    images = source if isinstance(source, ImageSource) else ImageSource(source, size)
+    if isinstance(source, ImageSource): images = source
+    elif is_npz(source): return npz_batches(source, batch_size)
+    else: images = ImageSource(source, size)
     return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))

@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'DTYPES', 'to_rgb', 'to_tensor', 'Listing', 'natural_order',
            'image_suffixes', 'walk_images', 'list_folder', 'choose_column', 'number_labels', 'open_table',
            'class_names', 'open_hub', 'open_source', 'image_name', 'open_image', 'ImageSource', 'digest_of', 'uneven',
-           'wants_statistics', 'with_statistics', 'encode_latents', 'send_to', 'LatentDataset', 'WindowOrder',
-           'LatentLoader']
+           'wants_statistics', 'with_statistics', 'encode_latents', 'apart_from', 'send_to', 'LatentDataset',
+           'WindowOrder', 'LatentLoader']
 
 # %% ../nbs/06_latents.ipynb #1710b383
 import hashlib
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import struct
 import threading
 import uuid
@@ -42,10 +41,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
-from .concentration import processes
+from .concentration import processes, told_by_main
 from .decoder import DataOrder, ReadAhead, seeded_generator
 from .sphere import check_range, check_tokens, project
-from .tokenizers import Tokenizer, atomic_write, digits_images, measure_statistics, read_json, standardise, write_json
+from .tokenizers import (MANIFEST, Tokenizer, atomic_write, claim, digits_images, locked, measure_statistics, read_json, read_manifest,
+                                      remove_listed, standardise, write_json)
 
 # %% ../nbs/06_latents.ipynb #671b37fd
 def _grey(
@@ -615,36 +615,60 @@ def encode_latents(
         if value not in DTYPES: raise ValueError(f'{what} must be float32 or bf16, got {value!r}')
     check_range(1, batch_size=batch_size, shard_size=shard_size)
     tokenizer.latent_shape(source.size, source.size)
-    state, out = processes(), Path(out)
-    part = out.parent/f'.{out.name}.partial'
+    apart_from(source, out)
     numbers = _numbers(source, order)
-    if numbers is None and state.num_processes > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
+    if numbers is None and processes().num_processes > 1:
+        raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
     plan = {'format': 3, 'flip': flip, 'dtype': dtype, 'precision': precision, 'shard_size': shard_size, 'tokenizer': {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity},
-            'source': source.record,
-            'order': None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}
-    if state.is_main_process:
-        if _note(part/'plan.json') != plan: shutil.rmtree(part, ignore_errors=True)
-        write_json(part/'plan.json', plan)
-        for left in part.glob('.*'): shutil.rmtree(left, ignore_errors=True) # of writes that were killed
-    state.wait_for_everyone()
-    total = None if numbers is None else -(-len(numbers)//shard_size)
-    bar = tqdm(total=None if total is None else len(range(state.process_index, total, state.num_processes)), desc=f'encoding with {tokenizer.name}', unit='shard', disable=not (progress and state.is_main_process))
-    for k, rows, skipped in _chunks(source, numbers, shard_size, state.process_index, state.num_processes):
-        name = f'latents-{k:05d}'
-        if not _note(part/f'{name}.json'):
-            tensors = _encode(tokenizer, rows, flip, batch_size, DTYPES[dtype], precision)
+            'source': source.record, 'order': None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}
+    out = claim(out, 'latents')
+    with locked(out):
+        stem = _begin_plan(out, plan)
+        _write_shards(tokenizer, source, numbers, out/stem, plan, batch_size, progress)
+        processes().wait_for_everyone()
+        failure = None
+        if processes().is_main_process:
+            try: _finish(out, stem, plan, source, None if numbers is None else -(-len(numbers)//shard_size))
+            except (OSError, ValueError) as e: failure = e
+        if failure := told_by_main(failure): raise failure
+    return json.loads((out/'index.json').read_text())
+
+def apart_from(
+    source: ImageSource, # images
+    out: str | Path      # an output folder
+):
+    "Raises `ValueError` if images and output lie inside each other."
+    if source.listing.kind not in ('folder', 'parquet'): return
+    images, place = Path(source.listing.place), Path(out).resolve()
+    if place == images or place in images.parents or images in place.parents:
+        raise ValueError(f'{out} and the images at {images} lie inside each other: choose another place for the output')
+
+def _begin_plan(out: Path, plan: dict) -> str:
+    "How the names of this plan's files begin; noted in the manifest before there are any."
+    stem = f'latents-{digest_of(plan)[:8]}'
+    if processes().is_main_process:
+        manifest = read_manifest(out)
+        if stem not in manifest.get('plans', []): write_json(out/MANIFEST, manifest | {'plans': [*manifest.get('plans', []), stem]})
+    processes().wait_for_everyone()
+    return stem
+
+def _write_shards(tokenizer: Tokenizer, source: ImageSource, numbers: Tensor | None, stem: Path, plan: dict, batch_size: int, progress: bool):
+    "The shards of this process that are not there yet, each with a note of what is in it."
+    state, size = processes(), plan['shard_size']
+    total = None if numbers is None else len(range(state.process_index, -(-len(numbers)//size), state.num_processes))
+    bar = tqdm(total=total, desc=f'encoding with {tokenizer.name}', unit='shard', disable=not (progress and state.is_main_process))
+    for k, rows, skipped in _chunks(source, numbers, size, state.process_index, state.num_processes):
+        name = Path(f'{stem}-{k:05d}')
+        if not _note(name.with_suffix('.json')):
+            tensors = _encode(tokenizer, rows, plan['flip'], batch_size, DTYPES[plan['dtype']], plan['precision'])
             note = {'count': len(tensors['y']) if tensors else 0, 'skipped': skipped(), 'done': True}
             if tensors:
-                file = part/f'{name}.safetensors'
+                file = name.with_suffix('.safetensors')
                 with atomic_write(file) as tmp: save_file(tensors, tmp)
                 note |= {'file': file.name, 'bytes': file.stat().st_size, 'sha256': _sha256(file), 'shape': list(tensors['z'].shape[1:])}
-            write_json(part/f'{name}.json', note)
+            write_json(name.with_suffix('.json'), note)
         bar.update()
     bar.close()
-    state.wait_for_everyone()
-    if state.is_main_process: _finish(part, out, plan, source)
-    state.wait_for_everyone()
-    return json.loads((out/'index.json').read_text())
 
 # %% ../nbs/06_latents.ipynb #d074622c
 def _sha256(path: Path) -> str:
@@ -686,20 +710,20 @@ def _encode(tokenizer: Tokenizer, rows: Iterator, flip: bool, batch_size: int, d
     finally: tokenizer.spherical = spherical
     return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
 
-def _finish(part: Path, out: Path, plan: dict, source: ImageSource):
-    "Write the index of a complete set and give the folder its name."
-    notes = [n for f in sorted(part.glob('latents-*.json')) if (n := _note(f))]
+def _finish(out: Path, stem: str, plan: dict, source: ImageSource, expected: int | None):
+    "Write the index of a complete set, then remove the shards of sets that it replaces."
+    notes = [n for f in sorted(out.glob(f'{stem}-*.json')) if (n := _note(f))]
+    if expected is not None and len(notes) != expected:
+        raise OSError(f'{len(notes)} of {expected} shards are to be seen in {out}: if it is a network drive, wait a little, then run the same command again')
     shards, source.skipped = [n for n in notes if n['count']], [s for n in notes for s in n['skipped']]
     if not shards:
-        shutil.rmtree(part)
+        remove_listed(out, [f.name for f in out.glob(f'{stem}-*.json')])
         raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
     keys = ('file', 'count', 'bytes', 'sha256')
-    write_json(part/'index.json', plan | {'count': sum(n['count'] for n in shards), 'shape': shards[0]['shape'], 'source': plan['source'] | {'skipped': source.skipped}, 'shards': [{k: n[k] for k in keys} for n in shards]})
-    old = out.parent/f'.{out.name}.replaced'
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists(): os.replace(out, old)
-    os.replace(part, out)
-    shutil.rmtree(old, ignore_errors=True)
+    write_json(out/'index.json', plan | {'count': sum(n['count'] for n in shards), 'shape': shards[0]['shape'], 'source': plan['source'] | {'skipped': source.skipped}, 'shards': [{k: n[k] for k in keys} for n in shards]})
+    manifest = read_manifest(out)
+    remove_listed(out, [f.name for old in manifest['plans'] if old != stem for f in out.glob(f'{old}-*')])
+    write_json(out/MANIFEST, manifest | {'plans': [stem]})
 
 # %% ../nbs/06_latents.ipynb #fa4486eb
 def send_to(

@@ -13,15 +13,15 @@ from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.fidelity import differences, evaluate, extract_features, frechet_distance
 from spherical_lfm.latents import ImageSource, LatentDataset, LatentLoader, encode_latents
 from spherical_lfm.probes import load_digit_features
-from spherical_lfm.tokenizers import DATA, AutoencoderKL, digits_images, load_tokenizer, psnr
+from spherical_lfm.tokenizers import DATA, MARK, AutoencoderKL, digits_images, load_tokenizer, psnr
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_command_that_makes_the_data(tmp_path):
-    command = [sys.executable, str(ROOT/'scripts'/'make_data.py'), '--out', str(tmp_path), '--scale', '0.01']
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr
+def test_the_stages_that_make_the_data(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/'scripts'))
+    import make_data
+    for stage in make_data.STAGES.values(): stage(tmp_path, .01)
     for name in ('vanilla', 'spherical', 'control', 'features'):
         made, stored = ({p.name for p in (folder/'digits'/name).iterdir()} for folder in (tmp_path, DATA))
         assert made == stored
@@ -32,7 +32,7 @@ def test_the_command_that_makes_the_data(tmp_path):
     assert 5 < quality(retrained) < quality(stored)
     study = json.loads((tmp_path/'results'/'digits_comparison.json').read_text())
     assert {r['arm'] for r in study['rows']} == {'vanilla-linear', 'vanilla-shell', 'spherical-linear', 'spherical-slerp'}
-    for r in study['rows']: assert r['steps'] == 12 and r['fid'] > 0 and 0 <= r['accuracy'] <= 1
+    for r in study['rows']: assert r['steps'] == 12 and r['fd'] > 0 and 0 <= r['accuracy'] <= 1
 
 
 def test_stored_tokenizers_share_latents_and_differ_in_decoders():
@@ -79,9 +79,9 @@ def test_failed_encoding_keeps_the_old_cache(tmp_path):
     source.stream = lambda order=None, limit=None: iter([(torch.full((3, 16, 16), torch.nan), 0)]*2)
     with pytest.raises(ValueError, match='NaN'): encode_latents(tokenizer, source, tmp_path/'cache', progress=False)
     assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity, verify=True).index == index
-    assert {p.name for p in tmp_path.iterdir()} == {'cache', '.cache.partial'}
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, progress=False)
     assert {p.name for p in tmp_path.iterdir()} == {'cache'}
+    again = encode_latents(tokenizer, ImageSource('digits', split='test'), tmp_path/'cache', flip=False, progress=False)
+    assert {p.name for p in (tmp_path/'cache').glob('*.safetensors')} == {s['file'] for s in again['shards']}, 'the shards of the old set are gone'
 
 
 def test_interrupted_encoding_keeps_finished_shards(tmp_path):
@@ -94,14 +94,14 @@ def test_interrupted_encoding_keeps_finished_shards(tmp_path):
         return original(order, limit)
     source.stream = failing
     with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
-    assert not (tmp_path/'parts').exists()
-    (tmp_path/'.parts.partial'/'.latents-00003.safetensors-left').mkdir() # as a killed write leaves it
-    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'.parts.partial').glob('*.safetensors')}
+    with pytest.raises(FileNotFoundError, match='index.json is missing'): LatentDataset(tmp_path/'parts')
+    (tmp_path/'parts'/f'{MARK}abc').mkdir() # as a killed write leaves it
+    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'parts').glob('*.safetensors')}
     assert len(made) == 3
     parts = encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
     assert [s['sha256'] for s in parts['shards']] == [s['sha256'] for s in whole['shards']]
     assert all((tmp_path/'parts'/n).stat().st_mtime_ns == t for n, t in made.items())
-    assert not list(tmp_path.glob('.*')) and not list((tmp_path/'parts').glob('.*'))
+    assert not list(tmp_path.rglob(f'{MARK}*'))
     a, b = (LatentDataset(tmp_path/n, verify=True) for n in ('whole', 'parts'))
     assert a.z['z'].dtype == torch.bfloat16 and torch.equal(a.z['z_flip'], b.z['z_flip'])
 
@@ -120,7 +120,7 @@ def test_shards_that_do_not_fit_the_index_are_named(tmp_path):
     shards = sorted(tmp_path.glob('*.safetensors'))
     (tmp_path/'kept').write_bytes(shards[1].read_bytes())
     shards[1].unlink()
-    with pytest.raises(FileNotFoundError, match='latents-00001.safetensors is missing'): LatentDataset(tmp_path)
+    with pytest.raises(FileNotFoundError, match='latents-.*-00001.safetensors is missing'): LatentDataset(tmp_path)
     z, y = torch.full((600, 16, 4, 4), torch.nan), torch.zeros(600, dtype=torch.long)
     save_file({'z': z, 'y': y}, shards[1])
     assert shards[1].stat().st_size == (tmp_path/'kept').stat().st_size
@@ -185,7 +185,7 @@ def test_evaluate_agrees_with_features_and_its_record_tells_protocols_apart():
     test, _ = digits_images('test')
     figures = evaluate(test, train, 'digits', 'digits train')
     direct = frechet_distance(extract_features(test, 'digits'), extract_features(train, 'digits'))
-    assert figures['fid'] == pytest.approx(direct, rel=1e-3)
+    assert figures['fd'] == pytest.approx(direct, rel=1e-3)
     assert figures['protocol']['samples'] == 359 and figures['protocol']['extractor'] == 'digits'
     assert 4 < figures['is'] <= 10 and figures['precision'] > .5
     for samples, reference, words in ((test[:300], train, 'samples: 359 against 300'), (test, train[:900], 'reference_count: 1438 against 900')):
