@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .concentration import processes
 from .decoder import FinetuneConfig
 from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, readable, starting_tokenizer
-from .fidelity import all_parts, differences, distance_of, distance_title, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_npz, save_reference, score_features, source_batches, to_uint8
+from .fidelity import all_parts, differences, distance_of, distance_title, extract_features, feature_function, generate, file_digest, is_npz, load_reference, mixture_of, one_side, protocol_of, save_npz, save_reference, score_features, side_of, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .probes import find_partners, get_distances
@@ -455,7 +455,8 @@ def slfm_evaluate(
     image_column: str = '',         # of a reference that is a table; empty takes the usual one
     label_column: str = '',         # of a reference that is a table; empty takes the usual one, none takes no classes
     extractor: str = 'inception',   # inception, efficientnet or digits
-    size: int = 256,                # side in pixels to which images are cropped and resized (bicubic); an .npz and a run keep their own
+    size: int = 0,                  # side in pixels to which images are cropped and resized (bicubic); 0: that of the images, if all agree
+    mixture: str = 'auto',          # for a run: classes in the mixture of the reference, of the training data, or equal; auto: the first that can be had
     bootstrap: int = 0,             # resamplings for a 95 % interval of the Fréchet distance; 0 gives none
     against: str = '',              # result of an earlier call: warn if the two cannot be compared
     save_reference_to: str = '',    # keep the reference's statistics in this .npz
@@ -479,7 +480,7 @@ def slfm_evaluate(
         if file: claim_file(file)
     if against: earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',))
     def opened(where: str, *columns: str):
-        return source_batches(where if is_npz(where) else _images(where, size, *columns))
+        return where if is_npz(where) else _images(where, side, *columns)
     def features(batches, where: str):
         bar = tqdm(batches, desc=f'features of {Path(where).name}', unit='batch')
         return extract_features(bar, extractor, parts=parts)
@@ -489,17 +490,24 @@ def slfm_evaluate(
         model, path, record = load_run(run, None if step < 0 else step, _device(), weights)
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
         sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none: refuses what cannot be, before any work
-    else: given = opened(samples)
-    if is_npz(reference): real = load_reference(reference, extractor)
-    else: real = features(opened(reference, split, image_column, label_column), reference)
+        decoder = tokenizer_for(record, tokenizer or None, _device())
+        sides = {samples: model.config.input_size*decoder.downsample}
+    else: sides = {samples: side_of(samples, size)}
+    sides[reference] = side_of(reference, size, split, image_column, label_column)
+    side = one_side(sides)
+    if not is_run: given = opened(samples)
+    against_images = None if is_npz(reference) else opened(reference, split, image_column, label_column)
+    if against_images is None: real = load_reference(reference, extractor) | {'content': file_digest(reference)}
+    else: real = features(source_batches(against_images), reference) | {'content': against_images.content}
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
     if is_run:
-        drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, record['weights'], save, **setting)
+        labels, drawn_from = mixture_of(record, against_images, count, mixture)
+        drawn = generate(run/'features'/'evaluate', model, path, decoder, labels, extractor, seed, record['weights'], save, **setting)
         if not processes().is_main_process: return
-        setting |= {'seed': seed, 'checkpoint': record['step'], 'weights': weights}
-    else: drawn = features(given, samples)
-    figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
-    resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {size} px'
+        setting |= {'seed': seed, 'checkpoint': record['step'], 'weights': weights, 'mixture': drawn_from}
+    else: drawn = features(source_batches(given), samples)
+    figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | {'side': side} | setting}
+    resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {side} px'
     figures['protocol']['resize'] = f'{resized}; then {figures["protocol"]["resize"]}'
     if against:
         apart = differences(figures['protocol'], earlier['protocol'])

@@ -372,6 +372,8 @@ class Tokenizer(nn.Module):
     "An autoencoder, its `LatentTransform` and optionally the spherical projection, behind `encode` and `decode`."
     autoencoder: Any  #: a diffusers autoencoder
     transform: LatentTransform
+    place: str | None = None        #: the folder it was loaded from; None for a name or a model made here
+    for_sphere: bool | None = None  #: whether its decoder was saved behind the projection; None if nobody knows
 
     def __init__(self,
         autoencoder: nn.Module,                   # a diffusers autoencoder
@@ -960,6 +962,8 @@ def load_tokenizer(
     spherical = saved.get('spherical', False) if spherical is None else spherical
     name = str(name_or_path) if known else saved.get('name') or (Path(place).resolve().name if format == 'diffusers' else format)
     tokenizer = Tokenizer(model, transform or _own_transform(model, packed), spherical, name)
+    if not known: tokenizer.place = str(Path(place).resolve())
+    tokenizer.for_sphere = saved.get('spherical')
     if dtype != torch.float32:
         tokenizer._stored_identity = tokenizer.latent_identity, tokenizer.identity.removesuffix('-spherical') # of the weights as stored
         tokenizer.autoencoder.to(dtype)
