@@ -425,7 +425,8 @@ def equal_displacement(
     found = {}
     for kind in ('shorter', 'longer'):
         scaled = [(r['displacement'], r[distance][0]) for r in rows if r['kind'] == kind]
-        ratios = [y/np.interp(x, angles, curve) for x, y in scaled if angles[0] <= x <= min(up_to, angles[-1]) + 1e-9]
+        inside = [(np.interp(x, angles, curve), y) for x, y in scaled if angles[0] <= x <= min(up_to, angles[-1]) + 1e-9]
+        ratios = [y/rotated for rotated, y in inside if rotated > 0]
         if not ratios: raise ValueError(f'no {kind} tokens are displaced by {angles[0]:.2g} to {up_to:.2g}: measure more scales')
         found[kind] = [float(min(ratios)), float(max(ratios))]
     found['scaled'] = [min(found['shorter'][0], found['longer'][0]), max(found['shorter'][1], found['longer'][1])]
