@@ -4,20 +4,29 @@ import sys
 from pathlib import Path
 
 import nbformat
+from links import notebook_links
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def shown(
+    cell # code cell
+) -> list[str]: # Markdown
+    "A code cell and what it printed or, if its code is not to be seen, its Markdown alone."
+    lines = [line for line in cell.source.splitlines() if not line.startswith('#|')]
+    printed = ''.join(o.text for o in cell.outputs if o.output_type == 'stream')
+    tables = [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data', {})]
+    code = [] if '#| echo: false' in cell.source else ['```python\n' + '\n'.join(lines).strip('\n') + '\n```']
+    return code + (['```text\n' + printed.rstrip('\n') + '\n```'] if printed else []) + tables
+
+
 def readme() -> str:
-    "Markdown of the index notebook: text as it is, code in fences, printed output below it; links made relative to the root."
+    "Markdown of the index notebook: text as it is, code in fences, what it printed below; links made relative to the root."
     parts = []
     for cell in nbformat.read(ROOT/'nbs'/'index.ipynb', 4).cells:
-        lines = [line for line in cell.source.splitlines() if not line.startswith('#|')]
-        if cell.cell_type == 'markdown': parts.append('\n'.join(lines))
-        elif '#| hide' not in cell.source:
-            parts.append('```python\n' + '\n'.join(lines).strip('\n') + '\n```')
-            printed = ''.join(o.text for o in cell.outputs if o.output_type == 'stream')
-            if printed: parts.append('```text\n' + printed.rstrip('\n') + '\n```')
+        if cell.cell_type == 'markdown': parts.append(cell.source)
+        elif '#| hide' not in cell.source: parts += shown(cell)
+    if links := notebook_links('index'): parts.insert(1, links)
     text = '\n\n'.join(parts)
     for name in sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb')): text = text.replace(f']({name})', f'](nbs/{name})')
     return text.replace('](images/', '](nbs/images/') + '\n'
