@@ -39,15 +39,16 @@ def decoders(out: Path, scale: float):
 
 
 def results(out: Path, scale: float):
-    "The matched comparison of the four arms over three seeds."
+    "The matched comparison of the four arms over three seeds; a rehearsal takes one."
     from spherical_lfm.experiments import seeds_study
-    seeds_study(out/'results'/'digits_comparison.json', scale=scale)
+    seeds_study(out/'results'/'digits_comparison.json', (0, 1, 2) if scale == 1 else (0,), scale)
 
 
 def solvers(out: Path, scale: float):
     "FID against evaluations of the network for every solver."
     from spherical_lfm.experiments import solver_study
-    solver_study(out/'results'/'digits_solvers.json', scale=scale)
+    few = {} if scale == 1 else dict(budgets=(4, 8), tolerances=(.3,)) # a rehearsal
+    solver_study(out/'results'/'digits_solvers.json', scale=scale, **few)
 
 
 def evolution(out: Path, scale: float):

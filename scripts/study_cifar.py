@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from spherical_lfm.experiments import comparison_table, decoder_name, environment, get_preset, prepare_latents, reference_features, run_arm, score, steps_to_reach
+from spherical_lfm.fidelity import all_parts, extract_features, score_features
 from spherical_lfm.latents import ImageSource, LatentDataset
 from spherical_lfm.paths import ARMS
 from spherical_lfm.tokenizers import atomic_write, write_json
@@ -49,6 +50,14 @@ def setting(args):
 def folder(args, arm: str, seed: int) -> Path: return args.runs/f'{arm.replace(" ", "-")}-{seed}'
 
 
+def floor(preset, source: ImageSource, runs: Path) -> dict:
+    "Real images against other real images, as many of them as samples are scored: what a perfect generator would get."
+    reference = reference_features(preset, source, runs)
+    order = source.shuffled(0)[preset.reference_count:][:preset.samples] # the reference is the beginning of this order
+    found = extract_features((x for x, _ in source.batches(64, order)), preset.extractor, parts=all_parts(preset.extractor))
+    return score_features(found, reference, extractor=preset.extractor) | {'samples': len(found['features']), 'reference_count': len(reference['features'])}
+
+
 def job(args, name: str):
     "One piece of work in this process; its result is a JSON file in RUNS."
     kind, *what = name.split(':')
@@ -61,12 +70,15 @@ def job(args, name: str):
     if kind == 'reference':
         reference_features(preset, source, args.runs)
         return
+    if kind == 'floor':
+        write_json(store, floor(preset, source, args.runs) | {'commit': environment()['commit']})
+        return
     reference, latents = reference_features(preset, source, args.runs), args.runs/'latents'
     labels = LatentDataset(latents).y
     arm, seed = what[0], int(what[1])
     base, run = 'spherical-slerp' if arm == RAW else arm, folder(args, arm, seed)
     steps = preset.train['steps']
-    measure = lambda preset=preset, count=preset.curve_samples, **more: score(run, steps, preset, base, reference, labels, count, preset.guidances[0], seed, ('fid',), **more)
+    measure = lambda preset=preset, count=preset.curve_samples, **more: score(run, steps, preset, base, reference, labels, count, preset.guidances[0], seed, ('fid', 'kid'), **more)
     if kind == 'train':
         if arm == RAW: preset = replace(preset, train=preset.train | {'project_velocity': False})
         result = run_arm(preset, base, latents, reference, run, seed, curve=seed == 0 and arm != RAW or arm in ('vanilla-linear', 'spherical-slerp')) | {'arm': arm, 'seed': seed}
@@ -76,8 +88,7 @@ def job(args, name: str):
     elif kind == 'swap':
         other = decoder_name(preset, 'vanilla-linear' if ARMS[base].spherical else 'spherical-slerp')
         result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, **measure(decoder=other)}
-    elif kind == 'precision': result = {'arm': arm, 'seed': seed, 'bf16': measure(), 'float32': measure(replace(preset, precision='float32'))}
-    write_json(store, result)
+    write_json(store, result | {'commit': environment()['commit']})
 
 
 def plan(args) -> dict:
@@ -86,16 +97,20 @@ def plan(args) -> dict:
     return {
         'latents': ['prepare'],
         'reference': ['reference'],
+        'floor': ['floor'],
         'train': [f'train:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp', 'spherical-linear', 'vanilla-shell')] + [f'train:{RAW}:0'],
         'sweep': [f'sweep:{arm}:0:{n}:{how}' for n in COUNTS for arm in ('spherical-slerp', RAW) for how in ('exponential', 'renormalise')],
-        'swap': [f'swap:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp')] + ['precision:spherical-slerp:0'],
+        'swap': [f'swap:{arm}:{s}' for s in seeds for arm in ARMS],
     }
 
 
 def collect(args):
     "Everything in one file, and a grid of samples per arm."
     preset, _ = setting(args)
-    found = {k: [json.loads(f.read_text()) for f in sorted((args.runs/'results').glob(f'{k}_*.json'))] for k in ('train', 'sweep', 'swap', 'precision')}
+    found = {k: [json.loads(f.read_text()) for f in sorted((args.runs/'results').glob(f'{k}_*.json'))] for k in ('train', 'sweep', 'swap')}
+    found['floor'] = json.loads((args.runs/'results'/'floor.json').read_text())
+    commits = {r['commit'] for r in (found['floor'], *(r for k in ('train', 'sweep', 'swap') for r in found[k]))}
+    if len(commits) > 1 or any(c and c.endswith('-dirty') for c in commits): sys.exit(f'jobs were run at several commits, or with uncommitted changes ({", ".join(map(str, commits))}): run the study again at one')
     rows = found.pop('train')
     of = lambda s: {r['arm']: r for r in rows if r['seed'] == s and r['arm'] != RAW}
     reached = {s: {arm: steps_to_reach(of(s), arm) for arm in of(s)} for s in sorted({r['seed'] for r in rows})}
@@ -136,7 +151,7 @@ if __name__ == '__main__':
     parser.add_argument('--seeds', type=int, default=2, help='seeds 0 to this minus one')
     parser.add_argument('--workers', type=int, default=1, help='jobs at a time')
     parser.add_argument('--scale', type=float, default=1., help='fraction of steps and samples')
-    parser.add_argument('--stages', nargs='+', default=['latents', 'reference', 'train', 'sweep', 'swap', 'collect'], help='which parts, in this order')
+    parser.add_argument('--stages', nargs='+', default=['latents', 'reference', 'floor', 'train', 'sweep', 'swap', 'collect'], help='which parts, in this order')
     parser.add_argument('--job', help='one job only, as the script calls itself')
     args = parser.parse_args()
     if not (args.material/'cifar10_train.parquet').exists(): sys.exit(f'{args.material} lacks cifar10_train.parquet')

@@ -13,6 +13,7 @@ import errno
 import functools
 import inspect
 import json
+import logging
 import math
 import statistics
 import subprocess
@@ -38,7 +39,7 @@ from .concentration import processes
 from .decoder import FinetuneConfig
 from .experiments import (compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study,
                                        get_preset, paper_geometry, probe_lines, probe_study, readable, starting_tokenizer)
-from .fidelity import all_parts, differences, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
+from .fidelity import all_parts, differences, distance_of, distance_title, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_reference, score_features, source_batches, to_uint8
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .probes import find_partners, get_distances
@@ -114,12 +115,15 @@ def _arguments(work: Callable, argv: list[str] | None) -> dict:
 def _own_warnings(name: str, debug: bool) -> Iterator[None]:
     "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only on demand."
     def tell(message, category, filename, lineno, file=None, line=None): print(f'{name}: {message}', file=sys.stderr)
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         if not (debug or sys.warnoptions):
             warnings.simplefilter('ignore')
             warnings.filterwarnings('always', module='spherical_lfm')
             warnings.showwarning = tell
-        yield
+            logging.disable() # this package does not log
+        try: yield
+        finally: logging.disable(before)
 
 # %% ../nbs/12_cli.ipynb #8fd15e37
 def command(
@@ -174,8 +178,8 @@ def _print_report(report: dict, out: str):
     "The table of a comparison, and where the rest is."
     for arm, r in report['arms'].items():
         accuracy = '' if r['accuracy'] is None else f', accuracy {r["accuracy"]:.1%}'
-        guided = ''.join(f', with guidance {g["guidance"]} {g["fid"]:.2f}' for g in r['guided'][1:])
-        print(f'{arm:>17}: FID {r["fid"]:.2f}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
+        guided = ''.join(f', with guidance {g["guidance"]} {distance_of(g):.2f}' for g in r['guided'][1:])
+        print(f'{arm:>17}: {distance_title(report["preset"]["extractor"])} {distance_of(r):.2f}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
     print(f'pictures and details: {Path(out)/"report.html"}')
 
 # %% ../nbs/12_cli.ipynb #b4abe6d0
@@ -409,13 +413,14 @@ def slfm_sample(
     tolerance: float = 1e-2,   # of the adaptive method
     precision: str = 'float32',# float32 or bf16
     step: int = -1,            # checkpoint; -1 takes the newest
+    weights: str = 'ema',      # ema (averaged over training) or raw
     npz: bool = False,         # write OUT.npz in ADM's layout in place of PNG files
     tokenizer: str = '',       # tokenizer name or folder; empty takes the one the run was trained on
     seed: int = 0              # of the noise: sample i depends on seed and i alone
 ):
     "Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it."
     from torchvision.io import write_png
-    model, path, record = load_run(run, None if step < 0 else step, _device())
+    model, path, record = load_run(run, None if step < 0 else step, _device(), weights)
     tok = tokenizer_for(record, tokenizer or None, _device())
     _dtype(precision)
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
@@ -438,7 +443,7 @@ def slfm_evaluate(
     label_column: str = '',         # of a reference that is a table; empty takes the usual one, none takes no classes
     extractor: str = 'inception',   # inception, efficientnet or digits
     size: int = 256,                # side in pixels to which images are cropped and resized (bicubic); an .npz and a run keep their own
-    bootstrap: int = 0,             # resamplings for a 95 % interval of the FID; 0 gives none
+    bootstrap: int = 0,             # resamplings for a 95 % interval of the Fréchet distance; 0 gives none
     against: str = '',              # result of an earlier call: warn if the two cannot be compared
     save_reference_to: str = '',    # keep the reference's statistics in this .npz
     count: int = 50_000,            # for a run: samples
@@ -447,12 +452,13 @@ def slfm_evaluate(
     guidance: float = 1.,           # for a run: classifier-free guidance; 1 is none
     precision: str = 'float32',     # for a run: float32 or bf16
     step: int = -1,                 # for a run: checkpoint; -1 takes the newest
+    weights: str = 'ema',           # for a run: ema (averaged over training) or raw
     tokenizer: str = '',            # for a run: tokenizer name or folder; empty takes the one it was trained on
     save: str = 'none',             # for a run: none, png or npz keep the images as well, in RUN/features
     seed: int = 0,                  # for a run: of the noise
     out: str = ''                   # JSON file for the result; empty prints only
 ):
-    "FID, sFID, KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
+    "Fréchet distance (FID with Inception; its spatial form sFID), KID, IS, precision and recall of one set of images against another. A run is sampled without touching the disk, also under `accelerate launch`, and goes on after an interruption."
     parts, run = all_parts(extractor), Path(samples)
     setting: dict[str, Any] = {}
     earlier: dict = {}
@@ -465,7 +471,7 @@ def slfm_evaluate(
     is_run, given = (run/'checkpoints').is_dir(), None
     if is_run:
         _dtype(precision)
-        model, path, record = load_run(run, None if step < 0 else step, _device())
+        model, path, record = load_run(run, None if step < 0 else step, _device(), weights)
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
         sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none: refuses what cannot be, before any work
     else: given = opened(samples)
@@ -475,9 +481,9 @@ def slfm_evaluate(
     if is_run:
         drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, f'step {record["step"]}', save, **setting)
         if not processes().is_main_process: return
-        setting |= {'seed': seed, 'checkpoint': record['step']}
+        setting |= {'seed': seed, 'checkpoint': record['step'], 'weights': weights}
     else: drawn = features(given, samples)
-    figures = score_features(drawn, real, bootstrap=bootstrap) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
+    figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
     resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {size} px'
     figures['protocol']['resize'] = f'{resized}; then {figures["protocol"]["resize"]}'
     if against:

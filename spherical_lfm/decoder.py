@@ -588,12 +588,13 @@ def ssim(
 def reconstruction_metrics(
     tokenizer: Tokenizer,                # what to measure
     images: Tensor | Iterable[Tensor],   # [N, 3, H, W] in [-1, 1], or batches of them
-    features: Callable | None = None,    # images -> [B, f], for rFID; None leaves it out
+    features: Callable | None = None,    # images -> [B, f], for the distance of reconstructions; None leaves it out
     distances: dict | None = None,       # further figures: name -> (images, images) -> [B]
     decoder: Tokenizer | None = None,    # decode with another tokenizer of the same latents
     batch_size: int = 64,                # images at a time
-    reference: Tensor | None = None      # features of the images where they are known already [N, f]
-) -> dict: # {'psnr', 'ssim', 'rfid', names of `distances`, 'count'}
+    reference: Tensor | None = None,     # features of the images where they are known already [N, f]
+    extractor: str = 'none'              # whose features they are: the distance is called rFID for 'inception' alone
+) -> dict: # {'psnr', 'ssim', 'rfd' or 'rfid', names of `distances`, 'count'}
     "Reconstruction quality over a set of images. Raises `ValueError` if `decoder` belongs to other latents or there are no images."
     decoder = decoder or tokenizer
     if decoder.latent_identity != tokenizer.latent_identity: raise ValueError('the two tokenizers do not share their latents: encoders or transforms differ')
@@ -609,5 +610,5 @@ def reconstruction_metrics(
         if features and reference is None: real.append(features(x).cpu())
     if not rows['psnr']: raise ValueError('there are no images to measure on')
     result = {k: torch.cat(v).mean().item() for k, v in rows.items()}
-    if features: result['rfid'] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
+    if features: result['rfid' if extractor == 'inception' else 'rfd'] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
     return result | {'count': sum(len(v) for v in rows['psnr'])}

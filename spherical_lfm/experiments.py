@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name',
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
-           'plot_fid_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
+           'plot_distance_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
            'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'probe_lines',
            'finetune_study', 'readable', 'check_finetune', 'starting_tokenizer']
 
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
-from .fidelity import EXTRACTORS, all_parts, evaluate, extract_features, feature_function, generate, protocol_of, score_features
+from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, score_features
 from .latents import ImageSource, LatentDataset, encode_latents, with_statistics, wants_statistics
 from .paths import ARMS, arm_path
 from .probes import (efficientnet_distance, equal_displacement, find_partners, get_distances, plot_response,
@@ -105,13 +105,21 @@ def environment(
 ) -> dict: # JSON-ready
     "Versions, device, commit and command."
     packages = ('torch', 'torchvision', 'diffusers', 'timm', 'accelerate', 'torch-fidelity', 'numpy', 'scipy')
-    root = Path(DATA).parent
-    try: commit = subprocess.run(['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired): commit = None
+    commit = _commit(Path(DATA).parent)
     cuda = torch.cuda.is_available()
     return {'versions': {'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}, 'seeds': seeds or [],
             'device': torch.cuda.get_device_name() if cuda else f'cpu ({torch.get_num_threads()} threads)', 'commit': commit,
             'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+def _commit(root: Path) -> str | None:
+    "The commit of a checkout, '-dirty' if anything but stored results differs from it; None for an installed package, whatever repository lies around it."
+    if not (root/'.git').exists(): return None
+    def git(*words): return subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=10)
+    try:
+        commit = git('rev-parse', '--short=12', 'HEAD').stdout.strip()
+        changed = git('diff', '--quiet', 'HEAD', '--', '.', ':(exclude)data/results').returncode
+    except (OSError, subprocess.TimeoutExpired): return None
+    return commit + '-dirty'*bool(changed) if commit else None
 
 # %% ../nbs/11_experiments.ipynb #fd313cfb
 #: Times at which `geometry` follows the paths.
@@ -154,12 +162,12 @@ def reference_features(
 ) -> dict: # parts of the extractor -> [N, f], 'name'
     "Features of real images, a random choice if fewer than all are wanted; computed once."
     name = f'{Path(source.source).name} {source.split}'
-    file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count, 'precision': preset.precision}
+    file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count}
     kept = json.loads((folder/'reference.json').read_text()) if (folder/'reference.json').exists() else None
     if kept != plan and processes().is_main_process:
         order = source.shuffled(0) if preset.reference_count else None
         batches = tqdm((x for x, _ in source.batches(64, order, preset.reference_count)), desc='features of real images', unit='batch', disable=not progress)
-        with _autocast(preset.precision): found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
+        found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
         with atomic_write(file) as f: save_file(found, f)
         write_json(folder/'reference.json', plan)
     processes().wait_for_everyone()
@@ -195,7 +203,7 @@ def score(
     with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, f'step {step}', progress=progress, **options)
     processes().wait_for_everyone()
     if processes().is_main_process: shutil.rmtree(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
-    figures = score_features(found, reference, metrics)
+    figures = score_features(found, reference, metrics, extractor=preset.extractor)
     if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
     figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
         'solver': preset.method, 'solver_steps': preset.sample_steps, 'exponential': exponential, 'guidance': guidance, 'interval': list(preset.interval), 'precision': preset.precision, 'decoder': Path(decoder).parent.name if '/' in decoder else decoder, 'seed': seed}
@@ -211,7 +219,7 @@ def run_arm(
     seed: int = 0,              # of training and sampling
     curve: bool = True,         # score every checkpoint as well
     progress: bool = True       # show progress bars
-) -> dict: # 'fid', 'accuracy', 'guided', 'final_loss', 'loss_over_power', 'steps', 'seconds', 'curve', 'protocol'
+) -> dict: # 'fid' or 'fd' (`distance_key`), 'kid', 'accuracy', 'guided', 'final_loss', 'loss_over_power', 'steps', 'seconds', 'curve', 'protocol'
     "Train and score one arm; whatever is finished is reused. Raises `InterruptedError` if training is stopped by a signal."
     config = TrainConfig(arm=arm, seed=seed, **preset.train)
     data = LatentDataset(latents, spherical=arm_path(arm).spherical)
@@ -224,7 +232,7 @@ def run_arm(
     if kept.get('preset') != protocol: kept = {'preset': protocol, 'curve': {}, 'final': {}}
     def keep():
         if main: write_json(store, kept)
-    labels = data.y.cpu()
+    labels, name = data.y.cpu(), distance_key(preset.extractor)
     if kept.get('step') != config.steps: kept |= {'step': config.steps, 'final': {}}
     for guidance in preset.guidances:
         if str(guidance) in kept['final']: continue
@@ -234,14 +242,14 @@ def run_arm(
         step = int(folder.name.removeprefix('step-'))
         if step > config.steps or str(step) in kept['curve']: continue
         known = step == config.steps and preset.samples == preset.curve_samples
-        kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))['fid']
+        kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))[name]
         keep()
     if main and not (out/'samples.png').exists(): _overview(preset, arm, out, config.steps, labels, seed)
     final = [kept['final'][str(g)] for g in preset.guidances]
     log = trainer.log()
-    return {'fid': final[0]['fid'], 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
+    return {name: final[0][name], 'kid': final[0].get('kid'), 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
             'final_loss': result['final_loss'], 'loss_over_power': log[-1]['loss_over_power'] if log else None, 'steps': config.steps, 'seconds': result['seconds'],
-            'curve': [{'step': int(s), 'fid': f} for s, f in kept['curve'].items()], 'protocol': final[0]['protocol']}
+            'curve': [{'step': int(s), name: f} for s, f in kept['curve'].items()], 'protocol': final[0]['protocol']}
 
 # %% ../nbs/11_experiments.ipynb #8f26d136
 @torch.no_grad()
@@ -277,7 +285,7 @@ def compare(
     out: str | Path = 'runs/compare',                        # output folder
     images: Any = 'digits',                                  # an `ImageSource`, or what makes one at the preset's size
     seed: int = 0,                                           # of training and sampling
-    curve: bool = True,                                      # FID over steps
+    curve: bool = True,                                      # Fréchet distance over steps
     progress: bool = True                                    # show progress bars
 ) -> dict: # the report; empty on all but the main process
     "The matched comparison; a second call reuses what is finished. Writes report.json, table.csv and report.html. Raises `ValueError` for unknown arms or presets."
@@ -305,17 +313,17 @@ def comparison_table(
     return pd.DataFrame([{'arm': arm, 'steps': r['steps'], 'loss_over_power': r['loss_over_power'], **g} for arm, r in rows.items() for g in r['guided']])
 
 def steps_to_reach(
-    rows: dict,                      # arm -> {'curve': [{'step', 'fid'}]}
+    rows: dict,                      # arm -> {'curve': [{'step', 'fid' or 'fd'}]}
     arm: str,                        # which arm
     target: str = 'vanilla-linear'   # the arm whose last point is to be reached
-) -> float | None: # steps, between checkpoints by interpolation of log FID; None if it never gets there or there is no curve
+) -> float | None: # steps, between checkpoints by interpolation of the log distance; None if it never gets there or there is no curve
     "After how many steps an arm is as good as another one at its end."
     if target not in rows or not rows[target]['curve'] or not rows[arm]['curve']: return None
-    goal, before = rows[target]['curve'][-1]['fid'], None
+    goal, before = distance_of(rows[target]['curve'][-1]), None
     for point in rows[arm]['curve']:
-        if point['fid'] <= goal:
-            if before is None or before['fid'] == point['fid']: return float(point['step'])
-            share = math.log(before['fid']/goal)/math.log(before['fid']/point['fid'])
+        if distance_of(point) <= goal:
+            if before is None or distance_of(before) == distance_of(point): return float(point['step'])
+            share = math.log(distance_of(before)/goal)/math.log(distance_of(before)/distance_of(point))
             return before['step'] + share*(point['step'] - before['step'])
         before = point
     return None
@@ -334,15 +342,18 @@ def _picture(fig, caption: str) -> str:
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 # %% ../nbs/11_experiments.ipynb #0b643ce5
-def plot_fid_curves(
-    rows: dict,   # arm -> {'curve': [{'step', 'fid'}]}
-    ax=None       # matplotlib axes; None makes a figure
+def plot_distance_curves(
+    rows: dict,                   # arm -> {'curve': [{'step', 'fid' or 'fd'}]}
+    extractor: str = 'inception', # whose distance it is, for the axis
+    ax=None                       # matplotlib axes; None makes a figure
 ):
-    "FID over training steps, one line per arm; returns the axes."
+    "Fréchet distance over training steps, one line per arm; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
-    for arm, row in rows.items(): ax.semilogy([p['step'] for p in row['curve']], [p['fid'] for p in row['curve']], marker='o', label=arm, **path_style(arm))
-    ax.set(xlabel='training steps', ylabel='FID')
+    for arm, row in rows.items():
+        steps, distances = [p['step'] for p in row['curve']], [distance_of(p) for p in row['curve']]
+        ax.semilogy(steps, distances, marker='o', label=arm, **path_style(arm))
+    ax.set(xlabel='training steps', ylabel=distance_title(extractor))
     ax.legend(fontsize=8)
     return ax
 
@@ -357,7 +368,8 @@ def report_html(
     import matplotlib.pyplot as plt
     g, env = found['report'], report['environment']
     number = lambda v, f: '–' if v is None else format(v, f)
-    table = ''.join(f'<tr><td>{a}</td><td>{r["fid"]:.2f}</td><td>{number(r["accuracy"], ".1%")}</td><td>{number(r["final_loss"], ".4f")}</td><td>{r["steps"]}</td><td>{r["seconds"]:.0f}</td></tr>' for a, r in report['arms'].items())
+    called = distance_title(report['preset']['extractor'])
+    table = ''.join(f'<tr><td>{a}</td><td>{distance_of(r):.2f}</td><td>{number(r["accuracy"], ".1%")}</td><td>{number(r["final_loss"], ".4f")}</td><td>{r["steps"]}</td><td>{r["seconds"]:.0f}</td></tr>' for a, r in report['arms'].items())
     protocol = next(iter(report['arms'].values()))['protocol']
     pictures = [_picture(plot_norms({'noise': found['noise'], 'tokens': found['latents']}).figure, 'Token lengths and the Gaussian shell')]
     d = found['latents'].shape[1]
@@ -374,13 +386,13 @@ def report_html(
         ax.axis('off')
         pictures.append(_picture(fig, f'Samples of {arm}, same noise and the classes of the real images above'))
     if any(r['curve'] for r in report['arms'].values()):
-        pictures.append(_picture(plot_fid_curves(report['arms']).figure, f'FID over steps, {report["preset"]["curve_samples"]} samples each'))
+        pictures.append(_picture(plot_distance_curves(report['arms'], report['preset']['extractor']).figure, f'{called} over steps, {report["preset"]["curve_samples"]} samples each'))
     versions = ', '.join(f'{k} {v}' for k, v in env['versions'].items())
     shares = lambda k: ', '.join(f'{v:.2f}' for v in g['radial_share'][k])
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><title>Matched comparison</title><style>{_STYLE}</style>
 <h1>Matched comparison</h1><p>{html.escape(report["preset"]["note"])}</p>
-<table><tr><th>arm</th><th>FID</th><th>accuracy</th><th>final loss</th><th>steps</th><th>seconds</th></tr>{table}</table>
-<p>FID: extractor <code>{protocol["extractor"]}</code> (layer {protocol["layer"]}), {protocol["samples"]} samples against {protocol["reference_count"]} images ({html.escape(protocol["reference"])}), resize: {html.escape(protocol["resize"])}, {protocol["bits"]} bits;
+<table><tr><th>arm</th><th>{html.escape(called)}</th><th>accuracy</th><th>final loss</th><th>steps</th><th>seconds</th></tr>{table}</table>
+<p>{html.escape(called)}: extractor <code>{protocol["extractor"]}</code> (layer {protocol["layer"]}), {protocol["samples"]} samples against {protocol["reference_count"]} images ({html.escape(protocol["reference"])}), resize: {html.escape(protocol["resize"])}, {protocol["bits"]} bits;
 sampler {protocol["solver"]}, {protocol["solver_steps"]} steps, guidance {protocol["guidance"]}. One seed: differences of this size move with the seed, and raw losses of different arms cannot be compared. Seconds count training alone.</p>
 <h2>Geometry</h2><p>Mean token length {g["mean_over_sqrt_d"]:.3f} √d, coefficient of variation {g["cv"]:.3f}. Radial share of the velocity at t = 0, ½, 1: chord {shares("linear")}; arc {shares("slerp")}.
 Swapping lengths moves a decoded image by {g["swap"]["radius"]:.3f}, directions by {g["swap"]["direction"]:.3f}, everything by {g["swap"]["full"]:.3f}.</p>
@@ -407,8 +419,8 @@ def seeds_study(
         reference = reference_features(preset, ImageSource('digits'), Path(tmp), progress)
         rows = [{'arm': arm, 'seed': s, **run_arm(preset, arm, Path(tmp)/'latents', reference, Path(tmp)/f'{arm}-{s}', s, False, progress)} for s in seeds for arm in ARMS]
     for r in rows: del r['curve']
-    held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid',))
-    result = {'rows': rows, 'held_out_fid': held_out['fid'], 'held_out_count': held_out['protocol']['samples'], 'environment': environment(list(seeds))}
+    held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid', 'kid'))
+    result = {'rows': rows, 'held_out_fd': held_out['fd'], 'held_out_kid': held_out['kid'], 'held_out_count': held_out['protocol']['samples'], 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
 
@@ -430,7 +442,7 @@ def solver_study(
     scale: float = 1.,                      # fraction of the full number of steps and samples
     progress: bool = True                   # show progress bars
 ) -> dict: # what is written
-    "FID against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
+    "Fréchet distance against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
     preset = _shortened(scale)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
@@ -443,7 +455,7 @@ def solver_study(
             counted = _Counted(model)
             z = sample(counted, route, y, method=method, batch_size=len(y), **options)
             with torch.no_grad(): features = extract_features(tokenizer.decode(z), 'digits')
-            rows.append({'method': method, 'evaluations': counted.calls, **options, 'fid': score_features({'features': features}, reference, ('fid',))['fid']})
+            rows.append({'method': method, 'evaluations': counted.calls, **options, 'fd': score_features({'features': features}, reference, ('fid',), extractor='digits')['fd']})
         for method, solver in METHODS.items():
             for n in budgets: measure(method, steps=max(1, n//solver.evaluations))
         for tolerance in tolerances: measure('adaptive', tolerance=tolerance)
@@ -686,7 +698,7 @@ def finetune_study(
     config: FinetuneConfig | None = None,   # None means the defaults
     arms: tuple = ('spherical', 'control'), # which decoders
     held_out: Tensor | None = None,         # images [M, 3, H, W] neither decoder is trained on; None takes the first of `images`
-    extractor: str = 'auto',                # features for rFID: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
+    extractor: str = 'auto',                # features for rFID or rFD: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
     progress: bool = True                   # show progress bars
 ) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
     "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises `ValueError` for unknown arms, and what `finetune_decoder` raises."
@@ -707,14 +719,14 @@ def finetune_study(
     try: distances['efficientnet-perceptual'] = efficientnet_distance()
     except ConnectionError as e: missing['efficientnet-perceptual'] = str(e)
     known = None if features is None else torch.cat([features(x) for x in held_out.split(64)])
-    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known)
+    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known, extractor=used or 'none')
     result: dict[str, Any] = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
     if len(arms) == 2:
         spherical, control = pipelines['finetuned spherical'], pipelines['finetuned control']
         result['decoder_swap'] = {'spherical tokens, control decoder': measure(spherical, control), 'vanilla tokens, spherical decoder': measure(control, spherical)}
     first = next(iter(pipelines.values()))
     result |= {'config': asdict(config), 'protocol': {'tokenizer': first.name, 'latent_identity': first.latent_identity, 'transform': {k: v for k, v in first.transform.config.items() if k not in ('mean', 'std')},
-               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'images': images.understood if isinstance(images, ImageSource) else None, 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'rfid_features': used, 'not_available': sorted(missing)},
+               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'images': images.understood if isinstance(images, ImageSource) else None, 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'extractor': used, 'not_available': sorted(missing)},
                'logs': {arm: [json.loads(line) for line in (out/arm/'log.jsonl').read_text().splitlines()] for arm in arms}, 'environment': environment([config.seed])}
     write_json(out/'evaluation.json', result)
     with torch.no_grad(): rows = [t.decode(t.encode(held_out[:12].to(next(t.parameters()).device))).cpu() for t in pipelines.values()]
@@ -734,7 +746,7 @@ def readable(
 
 def check_finetune(
     arms: tuple,   # which decoders
-    extractor: str # features for rFID
+    extractor: str # features for the distance of reconstructions
 ):
     "Raise `ValueError` for arms and features that `finetune_study` does not know."
     if set(arms) - {'spherical', 'control'} or not arms:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'FIGURES', 'DigitExtractor', 'EfficientNetExtractor', 'InceptionExtractor', 'Extractor',
            'feature_function', 'all_parts', 'extract_features', 'save_reference', 'load_reference', 'npz_batches',
-           'is_npz', 'score_features', 'protocol_of', 'differences', 'evaluate', 'generate', 'frechet_distance',
-           'to_uint8']
+           'is_npz', 'distance_key', 'distance_title', 'distance_of', 'score_features', 'protocol_of', 'differences',
+           'evaluate', 'generate', 'frechet_distance', 'to_uint8']
 
 # %% ../nbs/10_fidelity.ipynb #6df2f956
 import hashlib
@@ -167,7 +167,8 @@ def feature_function(
     def extract(images: Tensor):
         _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)
-        with torch.no_grad(): found = dict(zip(parts, (f.float().cpu() for f in net(x))))
+        with torch.no_grad(), torch.autocast(device, enabled=False): # figures are those of float32 features, whatever made the images
+            found = dict(zip(parts, (f.float().cpu() for f in net(x))))
         return found if len(parts) > 1 else found[parts[0]]
     return extract
 
@@ -299,6 +300,24 @@ def _npz_batches(path: str | Path, stored: Any, batch_size: int) -> Iterator[Ten
 #: What `score_features` can compute.
 FIGURES = ('fid', 'sfid', 'kid', 'is', 'prc')
 
+def distance_key(
+    extractor: str # a key of `EXTRACTORS`
+) -> str: # 'fid' or 'fd'
+    "What results call the Fréchet distance: FID is the one on Inception's features, and no other."
+    return 'fid' if extractor == 'inception' else 'fd'
+
+def distance_title(
+    extractor: str # a key of `EXTRACTORS`
+) -> str: # for axes and tables
+    "What people read."
+    return 'FID' if extractor == 'inception' else f'Fréchet distance ({extractor} features)'
+
+def distance_of(
+    figures: dict # with 'fid' or 'fd'
+) -> float:
+    "The Fréchet distance among figures, by whichever name."
+    return figures['fid'] if 'fid' in figures else figures['fd']
+
 def _gaussian(features: Tensor) -> dict: return fid_features_to_statistics(features.double())
 
 def _distance(a: dict, b: dict) -> float:
@@ -309,9 +328,10 @@ def score_features(
     samples: dict,             # parts of an extractor -> [N, f]
     reference: dict,           # the same, or statistics from `load_reference`
     metrics: tuple = FIGURES,  # which figures; those that the reference cannot give are left out
-    bootstrap: int = 0,        # resamplings for the interval of the FID; 0 gives none
-    seed: int = 0              # of the bootstrap
-) -> dict: # 'fid', 'fid_interval', 'sfid', 'kid', 'is', 'precision', 'recall'
+    bootstrap: int = 0,        # resamplings for the interval of the Fréchet distance; 0 gives none
+    seed: int = 0,             # of the bootstrap
+    extractor: str = 'inception' # whose features these are: the Fréchet distance is called FID for Inception alone
+) -> dict: # 'fid' or 'fd' (see `distance_key`), the same with '_interval' and, spatial, with 's' before it; 'kid', 'is', 'precision', 'recall'
     "Figures from features. Raises `ValueError` for features of another size, fewer than 10 samples, or values that are not finite."
     for what, x in (('samples', samples), ('reference', reference)):
         if 'features' not in x: continue
@@ -319,17 +339,17 @@ def score_features(
         if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)):
             raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
     if bootstrap: check_range(2, bootstrap=bootstrap)
-    stored = 'mu' in reference
+    stored, name = 'mu' in reference, distance_key(extractor)
     figures: dict[str, Any] = {}
     moments = lambda part, suffix: {'mu': reference[f'mu{suffix}'], 'sigma': reference[f'sigma{suffix}']} if stored else _gaussian(reference[part])
     if 'fid' in metrics:
         there = moments('features', '')
-        figures['fid'] = _distance(_gaussian(samples['features']), there)
+        figures[name] = _distance(_gaussian(samples['features']), there)
         if bootstrap:
             g, f = torch.Generator().manual_seed(seed), samples['features']
             spread = 1.96*float(np.std([_distance(_gaussian(f[torch.randint(len(f), (len(f),), generator=g)]), there) for _ in range(bootstrap)], ddof=1))
-            figures['fid_interval'] = [figures['fid'] - spread, figures['fid'] + spread]
-    if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference): figures['sfid'] = _distance(_gaussian(samples['spatial']), moments('spatial', '_s'))
+            figures[f'{name}_interval'] = [figures[name] - spread, figures[name] + spread]
+    if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference): figures[f's{name}'] = _distance(_gaussian(samples['spatial']), moments('spatial', '_s'))
     if 'is' in metrics and 'logits' in samples: figures['is'] = float(isc_features_to_metric(samples['logits'])[KEY_METRIC_ISC_MEAN])
     if stored: return _finite(figures)
     a, b = samples['features'], reference['features']
@@ -372,7 +392,7 @@ def evaluate(
     reference_name: str = 'given',   # what the reference is, for the record
     metrics: tuple = FIGURES,        # which figures
     batch_size: int = 64,            # images at a time
-    bootstrap: int = 0               # resamplings for the interval of the FID
+    bootstrap: int = 0               # resamplings for the interval of the Fréchet distance
 ) -> dict: # figures and 'protocol'
     "Score images in memory against others; the result says how. Raises `ValueError` for wrong shapes, NaN, or too few images."
     for what, x in (('samples', samples), ('reference', reference)):
@@ -380,7 +400,7 @@ def evaluate(
         if len(x) < 10: raise ValueError(f'{len(x)} {what} are too few to compare distributions')
         if not torch.isfinite(x).all(): raise ValueError(f'{what} contain NaN or Inf')
     a, b = (extract_features(x, extractor, batch_size, all_parts(extractor)) for x in (samples, reference))
-    return score_features(a, b, metrics, bootstrap) | {'protocol': protocol_of(extractor, len(samples), reference_name, b)}
+    return score_features(a, b, metrics, bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(samples), reference_name, b)}
 
 # %% ../nbs/10_fidelity.ipynb #db6800e5
 def generate(
@@ -457,6 +477,7 @@ def source_batches(
 ) -> Iterator[Tensor]: # images [B, 3, size, size] in [-1, 1], or uint8
     "Images for an extractor, streamed; a source that is not there is refused at once."
     check_range(1, batch_size=batch_size)
-    if is_npz(source): return npz_batches(source, batch_size)
-    images = source if isinstance(source, ImageSource) else ImageSource(source, size)
+    if isinstance(source, ImageSource): images = source
+    elif is_npz(source): return npz_batches(source, batch_size)
+    else: images = ImageSource(source, size)
     return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))

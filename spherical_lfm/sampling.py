@@ -287,16 +287,18 @@ def sample(
 def load_run(
     run: str | Path,                   # a run folder of the trainer
     step: int | None = None,           # which checkpoint; None means the newest
-    device: str | torch.device = 'cpu' # where to put the model
-) -> tuple[SiT, FlowPath, dict]: # EMA model in eval mode, its path, the record
-    "Model and path of a trained run. Raises `FileNotFoundError` if there is no (such) checkpoint, `ValueError` if it is damaged."
+    device: str | torch.device = 'cpu', # where to put the model
+    weights: str = 'ema'               # 'ema' (averaged) or 'raw'
+) -> tuple[SiT, FlowPath, dict]: # model in eval mode, its path, the record
+    "Model and path of a trained run. Raises `FileNotFoundError` if there is no (such) checkpoint, `ValueError` if it is damaged or for unknown weights."
+    if weights not in ('ema', 'raw'): raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
     found = {int(c.name.removeprefix('step-')): c for c in checkpoints(run)}
     if not found: raise FileNotFoundError(f'no checkpoint in {run}: wanted {Path(run)/"checkpoints"/"step-..."}; train first with slfm_train')
     folder = newest_checkpoint(run) if step is None else found.get(step)
     if folder is None: raise FileNotFoundError(f'{run} has no checkpoint of step {step}, only {", ".join(map(str, found))}')
     try:
         record = json.loads((folder/'state.json').read_text())
-        model = SiT.from_pretrained(folder/'ema')
+        model = SiT.from_pretrained(folder/('ema' if weights == 'ema' else 'model'))
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
         raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
     return model.to(device).eval().requires_grad_(False), arm_path(record['config']['arm'], record['config'].get('project_velocity', True)), record

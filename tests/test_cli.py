@@ -64,10 +64,10 @@ def test_samples_as_an_adm_file_are_scored(run, tmp_path):
     result = call('slfm_evaluate', tmp_path/'s.npz', 'digits', '--extractor', 'digits', '--size', 16, '--bootstrap', 5, '--save_reference_to', tmp_path/'r.npz', '--out', tmp_path/'a.json')
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path/'a.json').read_text())
-    assert figures['fid_interval'][0] < figures['fid'] and figures['protocol']['samples'] == 20
+    assert figures['fd_interval'][0] < figures['fd'] and figures['protocol']['samples'] == 20
     stored = call('slfm_evaluate', tmp_path/'s.npz', tmp_path/'r.npz', '--extractor', 'digits', '--against', tmp_path/'a.json', '--out', tmp_path/'b.json')
     assert stored.returncode == 0 and 'cannot be compared' in stored.stderr and 'reference: r.npz against digits' in stored.stderr
-    assert json.loads((tmp_path/'b.json').read_text())['fid'] == pytest.approx(figures['fid'], rel=1e-6)
+    assert json.loads((tmp_path/'b.json').read_text())['fd'] == pytest.approx(figures['fd'], rel=1e-6)
 
 
 def test_a_run_is_scored_without_files(run, tmp_path):

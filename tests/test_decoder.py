@@ -104,7 +104,7 @@ def test_a_study_leaves_folders_that_diffusers_opens(tmp_path):
     tokenizer = standardise(tokenizer, measure_statistics(tokenizer, train.split(200)))
     result = finetune_study(tokenizer, train, tmp_path, FinetuneConfig(**QUICK), held_out=test, extractor='digits', progress=False)
     assert set(result['pipelines']) == {'original', 'original, projected', 'finetuned spherical', 'finetuned control'} and len(result['decoder_swap']) == 2
-    assert result['protocol']['held_out'] == 128 and not result['protocol']['held_out_was_trained_on'] and result['protocol']['rfid_features'] == 'digits'
+    assert result['protocol']['held_out'] == 128 and not result['protocol']['held_out_was_trained_on'] and result['protocol']['extractor'] == 'digits'
     for arm in ('spherical', 'control'):
         plain, t = AutoencoderKL.from_pretrained(tmp_path/arm/'tokenizer'), load_tokenizer(tmp_path/arm/'tokenizer')
         assert t.spherical == (arm == 'spherical') and t.latent_identity == tokenizer.latent_identity and t.transform.config == tokenizer.transform.config

@@ -52,3 +52,18 @@ def test_picture_of_the_sphere_is_what_its_script_draws():
     numbers = lambda text: [float(v) for v in re.findall(r'(?<![\w#])-?\d+\.\d', text)]
     kept, drawn = numbers((IMAGES/'sphere.svg').read_text()), numbers(sphere())
     assert len(kept) == len(drawn) and all(abs(a - b) < .25 for a, b in zip(kept, drawn))
+
+
+def test_the_commit_of_a_result(tmp_path):
+    "Of the checkout itself, dirty unless only stored results differ; none for a package that lies in another repository."
+    from spherical_lfm.experiments import _commit
+    git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *words], check=True, capture_output=True, text=True).stdout.strip()
+    (tmp_path/'data'/'results').mkdir(parents=True), (tmp_path/'site').mkdir()
+    for name in ('code.py', 'data/results/a.json'): (tmp_path/name).write_text('1')
+    git('init', '-q'), git('add', '-A'), git('commit', '-qm', 'first')
+    head = git('rev-parse', '--short=12', 'HEAD')
+    assert _commit(tmp_path) == head and _commit(tmp_path/'site') is None
+    (tmp_path/'data'/'results'/'a.json').write_text('2')
+    assert _commit(tmp_path) == head
+    (tmp_path/'code.py').write_text('2')
+    assert _commit(tmp_path) == f'{head}-dirty'
