@@ -59,7 +59,7 @@ class Preset:
     guidances: tuple = (1.,)      # scales of classifier-free guidance; 1 is none. The first one is plotted over steps
     interval: tuple = (0., 1.)    # times in which guidance applies
     samples: int = 50_000         # generated images for the final figures
-    curve_samples: int = 10_000   # and for each point of FID over steps
+    curve_samples: int = 10_000   # and for each point of the distance over steps
     reference_count: int | None = None # real images they are compared with; None means all
     extractor: str = 'inception'  # a key of `EXTRACTORS`
     precision: str = 'float32'    # of encoding, sampling, decoding and features: 'float32' or 'bf16'
