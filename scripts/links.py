@@ -32,7 +32,8 @@ def notebook_links(
     file = f'nbs/{stem}.ipynb'
     colab = f'https://colab.research.google.com/github/{place}/blob/{branch}/{file}'
     binder = f'https://mybinder.org/v2/gh/{place}/{branch}?urlpath=lab/tree/{file}'
-    return f'[Run on Colab]({colab}) · [Run on Binder]({binder}) · [Repository]({known["git_url"]}/blob/{branch}/{file})'
+    here = f'{known["git_url"]}/blob/{branch}/{file}'
+    return f'[Run on Colab]({colab}) · [Run on Binder]({binder}) · [Repository]({here})'
 
 
 def source_link(
@@ -42,7 +43,8 @@ def source_link(
     root: Path = ROOT # folder with settings.ini
 ) -> str: # Markdown
     "A place in the repository; while unpublished the place in words."
-    if published(root): return f'[{text or file}]({settings(root)["git_url"]}/blob/{settings(root)["branch"]}/{file}{lines})'
+    known = settings(root)
+    if published(root): return f'[{text or file}]({known["git_url"]}/blob/{known["branch"]}/{file}{lines})'
     span = lines.removeprefix('#').replace('L', '').replace('-', ' to ')
     label = f', line{"s" * ("to" in span)} {span}' if span else ''
     return (f'{text}: ' if text else '') + f'`{file}`{label}'

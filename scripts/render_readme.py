@@ -17,18 +17,20 @@ def shown(
     printed = ''.join(o.text for o in cell.outputs if o.output_type == 'stream')
     tables = [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data', {})]
     code = [] if '#| echo: false' in cell.source else ['```python\n' + '\n'.join(lines).strip('\n') + '\n```']
-    return code + (['```text\n' + printed.rstrip('\n') + '\n```'] if printed else []) + tables
+    if printed: code.append('```text\n' + printed.rstrip('\n') + '\n```')
+    return code + tables
 
 
 def readme() -> str:
-    "Markdown of the index notebook: text as it is, code in fences, what it printed below; links made relative to the root."
+    "Markdown of the index notebook: text as it is, code in fences, what it wrote below; links relative to the root."
     parts = []
     for cell in nbformat.read(ROOT/'nbs'/'index.ipynb', 4).cells:
         if cell.cell_type == 'markdown': parts.append(cell.source)
         elif '#| hide' not in cell.source: parts += shown(cell)
     if links := notebook_links('index'): parts.insert(1, links)
     text = '\n\n'.join(parts)
-    for name in sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb')): text = text.replace(f']({name})', f'](nbs/{name})')
+    for name in sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb')):
+        text = text.replace(f']({name})', f'](nbs/{name})')
     return text.replace('](images/', '](nbs/images/') + '\n'
 
 
@@ -36,5 +38,6 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='fail if README.md differs')
     if parser.parse_args().check:
-        if (ROOT/'README.md').read_text() != readme(): sys.exit('README.md is not what nbs/index.ipynb renders to: run make readme')
+        if (ROOT/'README.md').read_text() != readme():
+            sys.exit('README.md is not what nbs/index.ipynb renders to: run make readme')
     else: (ROOT/'README.md').write_text(readme())
