@@ -36,8 +36,11 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, readable, starting_tokenizer
-from .fidelity import all_parts, differences, distance_of, distance_title, extract_features, feature_function, generate, file_digest, is_npz, load_reference, mixture_of, one_side, protocol_of, save_npz, save_reference, score_features, side_of, source_batches, to_uint8
+from .experiments import (compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study,
+                                       get_preset, paper_geometry, probe_lines, probe_study, readable, starting_tokenizer)
+from .fidelity import (all_parts, differences, distance_of, distance_title, extract_features, feature_function, file_digest,
+                                    generate, is_npz, load_reference, mixture_of, one_side, protocol_of, save_npz, save_reference,
+                                    score_features, side_of, source_batches, to_uint8)
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .probes import find_partners, get_distances
@@ -305,15 +308,17 @@ def slfm_probe(
     image_column: str = '',        # of a table; empty takes the usual one
     label_column: str = ''         # of a table; empty takes the usual one, none takes no classes
 ):
-    "Does this decoder read direction? Exchange lengths and directions between images, scale and rotate tokens, decode, and measure; numbers with 95 % intervals, figures and an example strip."
+    """What does this decoder read? Exchange lengths and directions between images, scale and rotate tokens, decode, measure.
+
+    Prints how far the swaps move the decoded image and the tokens, with 95 % intervals, and the sensitivity to lengths and
+    directions at equal displacement; writes numbers, figures and an example strip.
+    """
     source = _images(images, size, split, image_column, label_column)
     if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
     judges = get_distances(distances)
     tok = starting_tokenizer(tokenizer, source, out, 'a probe', _device(), mode=statistics, pack=pack, seed=seed)
     result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
-    for k, found in result['summary'].items():
-        print(f'{k}: direction matters {found["direction_over_radius"][0]:.1f} times as much as radius, 95 % interval [{found["direction_over_radius"][1]:.1f}, {found["direction_over_radius"][2]:.1f}]')
-        for swap, (mean, low, high) in found['mean'].items(): print(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
+    for line in probe_lines(result): print(line)
     p = result['protocol']
     print(f'{p["anchors"]} anchors, {p["without_partner"]} images without a partner, {p["skipped"]} skipped; not available: {", ".join(p["not_available"]) or "nothing"}; details in {out}')
 
@@ -484,7 +489,8 @@ def slfm_evaluate(
     def features(batches, where: str):
         bar = tqdm(batches, desc=f'features of {Path(where).name}', unit='batch')
         return extract_features(bar, extractor, parts=parts)
-    is_run, given = (run/'checkpoints').is_dir(), None
+    is_run = (run/'checkpoints').is_dir()
+    given: Any = None
     if is_run:
         _dtype(precision)
         model, path, record = load_run(run, None if step < 0 else step, _device(), weights)

@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name',
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
            'plot_distance_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
-           'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
-           'readable', 'check_finetune', 'starting_tokenizer']
+           'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'probe_lines',
+           'finetune_study', 'readable', 'check_finetune', 'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
@@ -35,8 +35,9 @@ from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, remove_features, score_features
 from .latents import ImageSource, LatentDataset, apart_from, digest_of, encode_latents, with_statistics, wants_statistics
 from .paths import ARMS, arm_path
-from .probes import (efficientnet_distance, find_partners, get_distances, plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
-                                  sensitivity, summarise_swaps, swap_strip)
+from .probes import (efficientnet_distance, equal_displacement, find_partners, get_distances, plot_response,
+                                  plot_sensitivity, plot_swaps, probe_swaps, radius_response, sensitivity,
+                                  summarise_swaps, swap_displacement, swap_strip)
 from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
 from .sphere import check_range, project
@@ -57,7 +58,7 @@ class Preset:
     guidances: tuple = (1.,)      # scales of classifier-free guidance; 1 is none. The first one is plotted over steps
     interval: tuple = (0., 1.)    # times in which guidance applies
     samples: int = 50_000         # generated images for the final figures
-    curve_samples: int = 10_000   # and for each point of FID over steps
+    curve_samples: int = 10_000   # and for each point of the distance over steps
     reference_count: int | None = None # real images they are compared with; None means all
     extractor: str = 'inception'  # a key of `EXTRACTORS`
     precision: str = 'float32'    # of encoding, sampling, decoding and features: 'float32' or 'bf16'
@@ -642,8 +643,11 @@ def probe_study(
     batch_size: int = 32,          # images at a time
     seed: int = 0,                 # of images, partners and directions
     progress: bool = True          # show progress bars
-) -> dict: # 'summary', 'values', 'sensitivity', 'response', 'protocol', 'environment'
-    "Does this decoder read direction? Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner."
+) -> dict: # 'summary', 'values', 'displacement', 'sensitivity', 'equal_displacement', 'response', 'protocol', 'environment'
+    """What does this decoder read? Swaps, their displacement, and sensitivity to lengths and directions.
+
+    Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner.
+    """
     import matplotlib.pyplot as plt
     where = next(tokenizer.parameters()).device
     apart_from(source, out)
@@ -664,7 +668,8 @@ def probe_study(
     turned = sensitivity(tokenizer, some, judges, seed=seed, batch_size=batch_size, progress=progress)
     layers = radius_response(tokenizer, some, seed=seed, batch_size=batch_size, progress=progress)
     result = {'summary': summarise_swaps(swaps), 'values': {s: {k: [round(v, 5) for v in x.tolist()] for k, x in per.items()} for s, per in swaps.items()},
-              'sensitivity': turned, 'response': layers,
+              'displacement': swap_displacement(z, anchors, partner), 'sensitivity': turned,
+              'equal_displacement': {k: equal_displacement(turned, k) for k in judges}, 'response': layers,
               'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'images': source.understood, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
                            'neighbours': neighbours, 'sensitivity_images': len(some), 'skipped': len(source.skipped), 'not_available': sorted(missing)}, 'environment': environment([seed])}
     out = claim(out, 'a probe')
@@ -677,6 +682,23 @@ def probe_study(
         save_figure(figure, out/f'{name}.png')
         plt.close(figure)
     return result
+
+def probe_lines(
+    result: dict # from `probe_study`
+) -> list[str]: # lines for people
+    "What the probe found: how far each swap moves image and tokens, then the sensitivity at equal displacement."
+    lines = []
+    for k, found in result['summary'].items():
+        lines.append(f'{k}: the decoded image moves by')
+        for swap, (mean, low, high) in found['mean'].items(): lines.append(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
+    lines.append('the tokens move, relative to their norms, by')
+    for swap, (mean, low, high) in result['displacement'].items():
+        lines.append(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
+    lines.append('at equal displacement, up to 0.5, scaling tokens moves the image compared with rotating them')
+    for k, found in result['equal_displacement'].items():
+        low, high = found['scaled']
+        lines.append(f'{k:>20} {low:.1f} to {high:.1f} times as far')
+    return lines
 
 # %% ../nbs/11_experiments.ipynb #b05ed9dd
 def finetune_study(

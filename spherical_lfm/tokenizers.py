@@ -161,7 +161,8 @@ def claim(
     **more              # further entries of a new manifest, JSON-ready
 ) -> Path: # the folder
     "Take a folder for output, on every process alike. Raises `FileExistsError` if it is neither absent, nor empty, nor ours for the same purpose."
-    folder, failure = Path(folder), None
+    folder = Path(folder)
+    failure: OSError | None = None
     if processes().is_main_process:
         try:
             if objection := _objection(folder, purpose): raise FileExistsError(objection)
