@@ -375,7 +375,7 @@ def swap_displacement(
     partner: Tensor  # image numbers [M]
 ) -> dict: # swap -> [mean, low, high]: distance moved over the token's norm
     "How far the radius, direction and full swap move a token, relative to its norm: means over images, with intervals."
-    moved = {'radius': [], 'direction': [], 'full': []}
+    moved: dict[str, list] = {'radius': [], 'direction': [], 'full': []}
     for m, n in zip(anchors.split(256), partner.split(256)):
         a, b = z[m], z[n]
         for swap, rows in moved.items():
