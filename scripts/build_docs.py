@@ -17,12 +17,12 @@ from pathlib import Path
 import nbformat
 import yaml
 from fastcore.docments import docments
+from links import notebook_links, source_link
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PAGES, RENDERED = ROOT/'_docs', ROOT/'build'/'docs', ROOT/'build'/'site'/'html' # MyST-NB leaves notebooks beside what it renders
-REPOSITORY = re.search(r'^git_url = (.+)$', (ROOT/'settings.ini').read_text(), re.M)[1]
 MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
 
 
@@ -89,9 +89,17 @@ class Page:
         if 'hide-cell' in tags: metadata['mystnb'] |= {'code_prompt_show': directives.get('code-summary', 'Solution').strip('"'), 'code_prompt_hide': 'Hide'}
         return nbformat.v4.new_code_cell(source, outputs=cell.outputs, metadata=metadata)
 
+    def cell(self, cell):
+        "A cell for the renderer; Markdown that a hidden cell wrote counts as text, so that its links are resolved."
+        if cell.cell_type == 'markdown': return nbformat.v4.new_markdown_cell(self.text(cell.source))
+        written = [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data', {})]
+        if written and '#| echo: false' in cell.source: return nbformat.v4.new_markdown_cell(self.text('\n\n'.join(written)))
+        return self.code(cell)
+
     def write(self, extra: str = ''):
         "Write the page for Sphinx."
-        cells = [nbformat.v4.new_markdown_cell(self.text(c.source)) if c.cell_type == 'markdown' else self.code(c) for c in self.source.cells]
+        cells = [self.cell(c) for c in self.source.cells]
+        if links := notebook_links(self.stem): cells.insert(1, nbformat.v4.new_markdown_cell(links))
         if extra: cells.append(nbformat.v4.new_markdown_cell(extra))
         nbformat.write(nbformat.v4.new_notebook(cells=[c for c in cells if c], metadata=self.source.metadata), PAGES/f'{page_of(self.stem)}.ipynb')
 
@@ -170,7 +178,8 @@ class Reference:
             if use := self.use(name, file.read_text()):
                 code, line = use
                 where = file.relative_to(ROOT).as_posix()
-                return f'**In use** in [{where}]({REPOSITORY}/blob/main/{where}#L{line})\n\n```python\n{code}\n```\n\n'
+                place = source_link(where, f'#L{line}')
+                return f'**In use** in {place}\n\n```python\n{code}\n```\n\n'
         self.without_example.append(name)
         return ''
 
@@ -190,7 +199,8 @@ class Reference:
     def source(self, obj) -> str:
         "Link to the lines on the repository."
         lines, start = inspect.getsourcelines(obj)
-        return f'[Source in the repository]({REPOSITORY}/blob/main/spherical_lfm/{self.module}.py#L{start}-L{start + len(lines) - 1})\n'
+        span = f'#L{start}-L{start + len(lines) - 1}'
+        return source_link(f'spherical_lfm/{self.module}.py', span, 'Source in the repository') + '\n'
 
     def signature(self, name: str, obj) -> str:
         "Name with parameters, types and defaults; a long default is left out."

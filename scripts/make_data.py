@@ -21,7 +21,7 @@ def tokenizer(out: Path, scale: float):
 
 
 def features(out: Path, scale: float):
-    "The digit classifier whose features serve as semantic distance and as the extractor for FID."
+    "The digit classifier whose features serve as semantic distance and as the extractor for Fréchet distances."
     from spherical_lfm.probes import train_digit_features
     train_digit_features(steps=scaled(1500, scale)).save_pretrained(out/'digits'/'features')
 
@@ -45,7 +45,7 @@ def results(out: Path, scale: float):
 
 
 def solvers(out: Path, scale: float):
-    "FID against evaluations of the network for every solver."
+    "Fréchet distance against evaluations of the network for every solver."
     from spherical_lfm.experiments import solver_study
     few = {} if scale == 1 else dict(budgets=(4, 8), tolerances=(.3,)) # a rehearsal
     solver_study(out/'results'/'digits_solvers.json', scale=scale, **few)

@@ -36,8 +36,11 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study, get_preset, paper_geometry, probe_study, readable, starting_tokenizer
-from .fidelity import all_parts, differences, distance_of, distance_title, extract_features, feature_function, generate, is_npz, load_reference, protocol_of, save_npz, save_reference, score_features, source_batches, to_uint8
+from .experiments import (compare, check_finetune, decoder_name, analyze_study, analyze_tokens, environment, finetune_study,
+                                       get_preset, paper_geometry, probe_lines, probe_study, readable, starting_tokenizer)
+from .fidelity import (all_parts, differences, distance_of, distance_title, extract_features, feature_function, file_digest,
+                                    generate, is_npz, load_reference, mixture_of, one_side, protocol_of, save_npz, save_reference,
+                                    score_features, side_of, source_batches, to_uint8)
 from .latents import DTYPES, ImageSource, LatentDataset, encode_latents, wants_statistics
 from .paths import ARMS, LinearPath, SlerpPath, arm_path
 from .probes import find_partners, get_distances
@@ -305,15 +308,17 @@ def slfm_probe(
     image_column: str = '',        # of a table; empty takes the usual one
     label_column: str = ''         # of a table; empty takes the usual one, none takes no classes
 ):
-    "Does this decoder read direction? Exchange lengths and directions between images, scale and rotate tokens, decode, and measure; numbers with 95 % intervals, figures and an example strip."
+    """What does this decoder read? Exchange lengths and directions between images, scale and rotate tokens, decode, measure.
+
+    Prints how far the swaps move the decoded image and the tokens, with 95 % intervals, and the sensitivity to lengths and
+    directions at equal displacement; writes numbers, figures and an example strip.
+    """
     source = _images(images, size, split, image_column, label_column)
     if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
     judges = get_distances(distances)
     tok = starting_tokenizer(tokenizer, source, out, 'a probe', _device(), mode=statistics, pack=pack, seed=seed)
     result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
-    for k, found in result['summary'].items():
-        print(f'{k}: direction matters {found["direction_over_radius"][0]:.1f} times as much as radius, 95 % interval [{found["direction_over_radius"][1]:.1f}, {found["direction_over_radius"][2]:.1f}]')
-        for swap, (mean, low, high) in found['mean'].items(): print(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
+    for line in probe_lines(result): print(line)
     p = result['protocol']
     print(f'{p["anchors"]} anchors, {p["without_partner"]} images without a partner, {p["skipped"]} skipped; not available: {", ".join(p["not_available"]) or "nothing"}; details in {out}')
 
@@ -455,7 +460,8 @@ def slfm_evaluate(
     image_column: str = '',         # of a reference that is a table; empty takes the usual one
     label_column: str = '',         # of a reference that is a table; empty takes the usual one, none takes no classes
     extractor: str = 'inception',   # inception, efficientnet or digits
-    size: int = 256,                # side in pixels to which images are cropped and resized (bicubic); an .npz and a run keep their own
+    size: int = 0,                  # side in pixels to which images are cropped and resized (bicubic); 0: that of the images, if all agree
+    mixture: str = 'auto',          # for a run: classes in the mixture of the reference, of the training data, or equal; auto: the first that can be had
     bootstrap: int = 0,             # resamplings for a 95 % interval of the Fréchet distance; 0 gives none
     against: str = '',              # result of an earlier call: warn if the two cannot be compared
     save_reference_to: str = '',    # keep the reference's statistics in this .npz
@@ -479,27 +485,35 @@ def slfm_evaluate(
         if file: claim_file(file)
     if against: earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',))
     def opened(where: str, *columns: str):
-        return source_batches(where if is_npz(where) else _images(where, size, *columns))
+        return where if is_npz(where) else _images(where, side, *columns)
     def features(batches, where: str):
         bar = tqdm(batches, desc=f'features of {Path(where).name}', unit='batch')
         return extract_features(bar, extractor, parts=parts)
-    is_run, given = (run/'checkpoints').is_dir(), None
+    is_run = (run/'checkpoints').is_dir()
+    given: Any = None
     if is_run:
         _dtype(precision)
         model, path, record = load_run(run, None if step < 0 else step, _device(), weights)
         setting = dict(steps=steps, method=method, guidance=guidance, precision=precision)
         sample(model, path, torch.zeros(0, dtype=torch.long), **setting) # none: refuses what cannot be, before any work
-    else: given = opened(samples)
-    if is_npz(reference): real = load_reference(reference, extractor)
-    else: real = features(opened(reference, split, image_column, label_column), reference)
+        decoder = tokenizer_for(record, tokenizer or None, _device())
+        sides = {samples: model.config.input_size*decoder.downsample}
+    else: sides = {samples: side_of(samples, size)}
+    sides[reference] = side_of(reference, size, split, image_column, label_column)
+    side = one_side(sides)
+    if not is_run: given = opened(samples)
+    against_images = None if is_npz(reference) else opened(reference, split, image_column, label_column)
+    if against_images is None: real = load_reference(reference, extractor) | {'content': file_digest(reference)}
+    else: real = features(source_batches(against_images), reference) | {'content': against_images.content}
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
     if is_run:
-        drawn = generate(run/'features'/'evaluate', model, path, tokenizer_for(record, tokenizer or None, _device()), torch.arange(count) % record['classes'], extractor, seed, record['weights'], save, **setting)
+        labels, drawn_from = mixture_of(record, against_images, count, mixture)
+        drawn = generate(run/'features'/'evaluate', model, path, decoder, labels, extractor, seed, record['weights'], save, **setting)
         if not processes().is_main_process: return
-        setting |= {'seed': seed, 'checkpoint': record['step'], 'weights': weights}
-    else: drawn = features(given, samples)
-    figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | setting}
-    resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {size} px'
+        setting |= {'seed': seed, 'checkpoint': record['step'], 'weights': weights, 'mixture': drawn_from}
+    else: drawn = features(source_batches(given), samples)
+    figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(drawn['features']), Path(reference).name, real) | {'side': side} | setting}
+    resized = 'none' if setting or is_npz(samples) else f'centre crop, bicubic to {side} px'
     figures['protocol']['resize'] = f'{resized}; then {figures["protocol"]["resize"]}'
     if against:
         apart = differences(figures['protocol'], earlier['protocol'])

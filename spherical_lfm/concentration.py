@@ -381,7 +381,8 @@ def plot_geometry(
             middle.plot(t, c['mean_over_sqrt_d'], label=path, **path_style(path))
             bottom.plot(t, c['radial_share'], label=path, **path_style(path))
         bottom.plot(t, p['chord_radial_share_closed_form'], 'k:', label='closed form, linear')
-        middle.set(xlabel='t (noise to data)', ylabel='mean token length / $\\sqrt{d}$', title=f'the chord leaves the nearer shell by {p["excursion_sigma"]:.2f} σ')
+        middle.set(xlabel='t (noise to data)', ylabel='mean length / $\\sqrt{d}$')
+        middle.set_title(f'lowest mean of the chord: {p["excursion_sigma"]:.2f} σ from the mean of the nearer shell', fontsize=10)
         bottom.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))
         for ax in (top, middle, bottom): ax.legend(fontsize=7)
     return fig

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .probes import efficientnet_distance, lpips_distance
 from .sphere import check_range
-from .tokenizers import Tokenizer, atomic_write, claim, locked, remove_listed, psnr, read_json, save_grid, write_json
+from .tokenizers import Tokenizer, atomic_write, claim, locked, remove_listed, psnr, read_json, save_grid, tensor_digest, write_json
 
 # %% ../nbs/04_decoder.ipynb #e3c74b07
 class PatchDiscriminator(nn.Sequential):
@@ -425,6 +425,10 @@ class _Decode(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor: return self.tokenizer.decode(z)
 
+def _fingerprint(images) -> str | None:
+    "What images these are: a hash of a tensor, or what a source says of itself."
+    return tensor_digest({}, {'images': images}) if torch.is_tensor(images) else getattr(images, 'fingerprint', None)
+
 class _Feed:
     "Batches by step from a tensor or from anything with `len` and `[n] -> (image, label)`, the next one read ahead; images that cannot be read give way to the next that can."
     def __init__(self, images, config: FinetuneConfig, share: slice):
@@ -487,7 +491,7 @@ class DecoderTrainer(ResumableRun):
         some = held_out if held_out is not None else images[:8] if torch.is_tensor(images) else torch.stack([self.feed._one(i) for i in range(min(8, len(images)))])
         self.held_out = some
         with torch.no_grad(): self._before = tokenizer.decode(tokenizer.encode(some[:8])).cpu()
-        self.info = {'config': asdict(c) | {'betas': list(c.betas)}, 'images': len(images), 'tokenizer': {'name': tokenizer.name, 'identity': tokenizer.identity}}
+        self.info = {'config': asdict(c) | {'betas': list(c.betas)}, 'images': {'count': len(images), 'fingerprint': _fingerprint(images)}, 'tokenizer': {'name': tokenizer.name, 'identity': tokenizer.identity}}
 
     def train_step(self) -> dict: # 'loss', 'l1', 'perceptual', 'psnr', 'weight' (of the critic): scalars on the device
         "One step of the decoder and, once it has joined, one of the critic."

@@ -6,12 +6,11 @@
 __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environment', 'geometry', 'decoder_name',
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
            'plot_distance_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
-           'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'finetune_study',
-           'readable', 'check_finetune', 'starting_tokenizer']
+           'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'probe_lines',
+           'finetune_study', 'readable', 'check_finetune', 'starting_tokenizer']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
-import hashlib
 import html
 import importlib.metadata
 import io
@@ -34,10 +33,11 @@ from tqdm.auto import tqdm
 from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, remove_features, score_features
-from .latents import ImageSource, LatentDataset, apart_from, encode_latents, with_statistics, wants_statistics
+from .latents import ImageSource, LatentDataset, apart_from, digest_of, encode_latents, with_statistics, wants_statistics
 from .paths import ARMS, arm_path
-from .probes import (efficientnet_distance, find_partners, get_distances, plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
-                                  sensitivity, summarise_swaps, swap_strip)
+from .probes import (efficientnet_distance, equal_displacement, find_partners, get_distances, plot_response,
+                                  plot_sensitivity, plot_swaps, probe_swaps, radius_response, sensitivity,
+                                  summarise_swaps, swap_displacement, swap_strip)
 from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
 from .sphere import check_range, project
@@ -58,7 +58,7 @@ class Preset:
     guidances: tuple = (1.,)      # scales of classifier-free guidance; 1 is none. The first one is plotted over steps
     interval: tuple = (0., 1.)    # times in which guidance applies
     samples: int = 50_000         # generated images for the final figures
-    curve_samples: int = 10_000   # and for each point of FID over steps
+    curve_samples: int = 10_000   # and for each point of the distance over steps
     reference_count: int | None = None # real images they are compared with; None means all
     extractor: str = 'inception'  # a key of `EXTRACTORS`
     precision: str = 'float32'    # of encoding, sampling, decoding and features: 'float32' or 'bf16'
@@ -158,11 +158,10 @@ def reference_features(
     source: ImageSource,     # real images
     folder: Path,            # where they are kept
     progress: bool = True    # show a progress bar
-) -> dict: # parts of the extractor -> [N, f], 'name'
-    "Features of real images, a random choice if fewer than all are wanted; computed once."
-    name = f'{Path(source.source).name} {source.split}'
-    file, plan = folder/'reference.safetensors', {'source': name, 'size': preset.image_size, 'extractor': preset.extractor, 'count': preset.reference_count}
-    kept = json.loads((folder/'reference.json').read_text()) if (folder/'reference.json').exists() else None
+) -> dict: # parts of the extractor -> [N, f]; 'name' for people, 'content' for comparisons
+    "Features of real images, a random choice if fewer than all are wanted; computed once for the very same images."
+    file, plan = folder/'reference.safetensors', {'source': source.fingerprint, 'extractor': preset.extractor, 'count': preset.reference_count}
+    kept = read_json(folder/'reference.json', 'record of reference features', 'remove it') if (folder/'reference.json').exists() else None
     if kept != plan and processes().is_main_process:
         order = source.shuffled(0) if preset.reference_count else None
         batches = tqdm((x for x, _ in source.batches(64, order, preset.reference_count)), desc='features of real images', unit='batch', disable=not progress)
@@ -170,7 +169,7 @@ def reference_features(
         with atomic_write(file) as f: save_file(found, f)
         write_json(folder/'reference.json', plan)
     processes().wait_for_everyone()
-    return load_file(file) | {'name': name}
+    return load_file(file) | {'name': f'{Path(source.source).name} {source.split}'.strip(), 'content': digest_of(source.content, preset.reference_count)}
 
 def _autocast(precision: str): return torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16, enabled=precision == 'bf16')
 
@@ -198,10 +197,10 @@ def score(
     if tokenizer.latent_identity != record['data']['tokenizer']['latent_identity']: raise ValueError(f'tokenizer {tokenizer.name} does not share the latents of {run}')
     y = labels[torch.arange(count)*len(labels)//count] if count < len(labels) else labels[torch.arange(count) % len(labels)]
     options: dict[str, Any] = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
-    folder = Path(run)/'features'/hashlib.sha256(repr((step, count, seed, exponential, decoder, options)).encode()).hexdigest()[:12]
-    with _autocast(preset.precision): found = generate(folder, model, path, tokenizer, y, preset.extractor, seed, record['weights'], progress=progress, **options)
+    key = digest_of(record['weights'], tokenizer.identity, y.tolist(), seed, exponential, preset.extractor, options)
+    with _autocast(preset.precision): found = generate(Path(run)/'features'/key, model, path, tokenizer, y, preset.extractor, seed, record['weights'], progress=progress, **options)
     processes().wait_for_everyone()
-    if processes().is_main_process: remove_features(folder) # 50,000 of them take a gigabyte; the caller keeps the figures
+    if processes().is_main_process: remove_features(Path(run)/'features'/key) # 50,000 of them take a gigabyte; the caller keeps the figures
     figures = score_features(found, reference, metrics, extractor=preset.extractor)
     if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
     figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
@@ -226,13 +225,15 @@ def run_arm(
     result = trainer.fit(progress=progress)
     if result['stopped']: raise InterruptedError(f'{arm} was stopped at step {result["step"]} of {config.steps}; run the same command to go on')
     store, main = out/'evaluation.json', processes().is_main_process
-    protocol = json.loads(json.dumps({k: v for k, v in asdict(preset).items() if k not in ('train', 'note', 'reported', 'tokenizer', 'control')} | {'seed': seed}))
-    kept = json.loads(store.read_text()) if store.exists() else {}
-    if kept.get('preset') != protocol: kept = {'preset': protocol, 'curve': {}, 'final': {}}
+    decoder = load_tokenizer(decoder_name(preset, arm), spherical=trainer.path.spherical)
+    belongs = {'weights': load_run(out, config.steps)[2]['weights'], 'decoder': decoder.identity, 'reference': reference.get('content'), 'data': data.content, 'seed': seed}
+    protocol = json.loads(json.dumps({k: v for k, v in asdict(preset).items() if k not in ('train', 'note', 'reported', 'tokenizer', 'control')} | belongs))
+    kept = read_json(store, 'evaluation of a run', 'remove it') if store.exists() else {}
+    anew = kept.get('preset') != protocol
+    if anew: kept = {'preset': protocol, 'curve': {}, 'final': {}}
     def keep():
         if main: write_json(store, kept)
     labels, name = data.y.cpu(), distance_key(preset.extractor)
-    if kept.get('step') != config.steps: kept |= {'step': config.steps, 'final': {}}
     for guidance in preset.guidances:
         if str(guidance) in kept['final']: continue
         kept['final'][str(guidance)] = score(out, config.steps, preset, arm, reference, labels, preset.samples, guidance, seed, progress=progress)
@@ -243,7 +244,7 @@ def run_arm(
         known = step == config.steps and preset.samples == preset.curve_samples
         kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))[name]
         keep()
-    if main and not (out/'samples.png').exists(): _overview(preset, arm, out, config.steps, labels, seed)
+    if main and (anew or not (out/'samples.png').exists()): _overview(preset, arm, out, config.steps, labels, seed)
     final = [kept['final'][str(g)] for g in preset.guidances]
     log = trainer.log()
     return {name: final[0][name], 'kid': final[0].get('kid'), 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
@@ -642,8 +643,11 @@ def probe_study(
     batch_size: int = 32,          # images at a time
     seed: int = 0,                 # of images, partners and directions
     progress: bool = True          # show progress bars
-) -> dict: # 'summary', 'values', 'sensitivity', 'response', 'protocol', 'environment'
-    "Does this decoder read direction? Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner."
+) -> dict: # 'summary', 'values', 'displacement', 'sensitivity', 'equal_displacement', 'response', 'protocol', 'environment'
+    """What does this decoder read? Swaps, their displacement, and sensitivity to lengths and directions.
+
+    Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner.
+    """
     import matplotlib.pyplot as plt
     where = next(tokenizer.parameters()).device
     apart_from(source, out)
@@ -664,7 +668,8 @@ def probe_study(
     turned = sensitivity(tokenizer, some, judges, seed=seed, batch_size=batch_size, progress=progress)
     layers = radius_response(tokenizer, some, seed=seed, batch_size=batch_size, progress=progress)
     result = {'summary': summarise_swaps(swaps), 'values': {s: {k: [round(v, 5) for v in x.tolist()] for k, x in per.items()} for s, per in swaps.items()},
-              'sensitivity': turned, 'response': layers,
+              'displacement': swap_displacement(z, anchors, partner), 'sensitivity': turned,
+              'equal_displacement': {k: equal_displacement(turned, k) for k in judges}, 'response': layers,
               'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'images': source.understood, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
                            'neighbours': neighbours, 'sensitivity_images': len(some), 'skipped': len(source.skipped), 'not_available': sorted(missing)}, 'environment': environment([seed])}
     out = claim(out, 'a probe')
@@ -677,6 +682,23 @@ def probe_study(
         save_figure(figure, out/f'{name}.png')
         plt.close(figure)
     return result
+
+def probe_lines(
+    result: dict # from `probe_study`
+) -> list[str]: # lines for people
+    "What the probe found: how far each swap moves image and tokens, then the sensitivity at equal displacement."
+    lines = []
+    for k, found in result['summary'].items():
+        lines.append(f'{k}: the decoded image moves by')
+        for swap, (mean, low, high) in found['mean'].items(): lines.append(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
+    lines.append('the tokens move, relative to their norms, by')
+    for swap, (mean, low, high) in result['displacement'].items():
+        lines.append(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
+    lines.append('at equal displacement, up to 0.5, scaling tokens moves the image compared with rotating them')
+    for k, found in result['equal_displacement'].items():
+        low, high = found['scaled']
+        lines.append(f'{k:>20} {low:.1f} to {high:.1f} times as far')
+    return lines
 
 # %% ../nbs/11_experiments.ipynb #b05ed9dd
 def finetune_study(

@@ -6,11 +6,12 @@
 __all__ = ['EXTRACTORS', 'FIGURES', 'DigitExtractor', 'EfficientNetExtractor', 'InceptionExtractor', 'Extractor',
            'feature_function', 'all_parts', 'extract_features', 'save_reference', 'load_reference', 'npz_batches',
            'is_npz', 'distance_key', 'distance_title', 'distance_of', 'score_features', 'protocol_of', 'differences',
-           'evaluate', 'generate', 'remove_features', 'frechet_distance', 'to_uint8']
+           'apportion', 'mixture_of', 'evaluate', 'generate', 'remove_features', 'frechet_distance', 'to_uint8']
 
 # %% ../nbs/10_fidelity.ipynb #6df2f956
 import hashlib
 import json
+import zipfile
 import warnings
 import zipfile
 import zlib
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import frechet_distance
-from .latents import ImageSource
+from .latents import ImageSource, open_image, open_source
 from .paths import Path as FlowPath
 from .probes import cached_weights, efficientnet_lite0, load_digit_features
 from .sampling import sample
@@ -374,15 +375,48 @@ def protocol_of(
     "The record that makes figures comparable."
     e = _extractor(extractor)
     count = len(reference['features']) if 'features' in reference else reference.get('count')
-    return {'extractor': extractor, 'layer': e.features, 'samples': samples, 'reference': reference_name, 'reference_count': count, 'resize': e.resize, 'bits': 8}
+    return {'extractor': extractor, 'layer': e.features, 'samples': samples, 'reference': reference_name, 'reference_content': reference.get('content'),
+            'reference_count': count, 'resize': e.resize, 'bits': 8}
 
 def differences(
     a: dict, # a protocol
     b: dict  # another one
 ) -> list[str]: # one phrase each; empty if figures may be compared
-    "Why two figures cannot be compared: another extractor, count, reference or resize rule."
-    keys = ('extractor', 'layer', 'samples', 'reference', 'reference_count', 'resize', 'bits')
-    return [f'{k}: {a.get(k)} against {b.get(k)}' for k in keys if a.get(k) != b.get(k)]
+    "Why two figures cannot be compared: another extractor, count, reference, size, resize rule or mixture of classes. References are compared by content, not by name."
+    keys = ('extractor', 'layer', 'samples', 'reference_count', 'resize', 'bits', 'side', 'mixture')
+    apart = [f'{k}: {a.get(k)} against {b.get(k)}' for k in keys if a.get(k) != b.get(k)]
+    which = 'reference_content' if a.get('reference_content') or b.get('reference_content') else 'reference'
+    return apart + [f'reference: {a.get("reference")} against {b.get("reference")}']*(a.get(which) != b.get(which))
+
+def apportion(
+    counts: list[int], # images of every class
+    total: int         # labels wanted
+) -> Tensor: # labels [total], in a fixed random order
+    "Labels in the mixture of the counts, to the last one: largest remainders, ties to the first class. Raises `ValueError` if there are no images."
+    weights = torch.tensor(counts, dtype=torch.float64)
+    if not weights.sum() > 0: raise ValueError('there are no labelled images to take a mixture of classes from: choose the mixture equal')
+    quota = weights*total/weights.sum()
+    given = quota.floor().long()
+    rest = torch.argsort(quota - given, descending=True, stable=True)[:total - int(given.sum())]
+    given[rest] += 1
+    labels = torch.repeat_interleave(torch.arange(len(counts)), given)
+    return labels[torch.randperm(total, generator=torch.Generator().manual_seed(0))]
+
+def mixture_of(
+    record: dict,               # from `load_run`
+    source: ImageSource | None, # the reference, if it is images
+    total: int,                 # labels wanted
+    mixture: str = 'auto'       # 'reference', 'training', 'equal', or 'auto': the first of these that can be had
+) -> tuple[Tensor, str]: # labels [total], which mixture it is
+    "Classes to draw for a score: a score of equal classes against unequal ones is mostly one of the mixture. Raises `ValueError` for a mixture that cannot be had."
+    if mixture not in ('auto', 'reference', 'training', 'equal'): raise ValueError(f"mixture must be auto, reference, training or equal, got {mixture!r}")
+    trained = record['data']['source'].get('classes', {})
+    real = dict(zip(source.classes, torch.bincount(source.labels, minlength=len(source.classes)).tolist())) if source and source.classes else {}
+    if mixture in ('auto', 'reference') and real and set(real) <= set(trained): return apportion([real.get(k, 0) for k in trained], total), 'reference'
+    if mixture == 'reference': raise ValueError('the reference has no classes that the run was trained on: choose the mixture training or equal')
+    if mixture in ('auto', 'training') and any(trained.values()): return apportion(list(trained.values()), total), 'training'
+    if mixture == 'training': raise ValueError('the run does not say how many images of each class it was trained on: choose the mixture equal')
+    return apportion([1]*record['classes'], total), 'equal'
 
 def evaluate(
     samples: Tensor,                 # [N, 3, H, W] in [-1, 1]
@@ -508,3 +542,47 @@ def source_batches(
     elif is_npz(source): return npz_batches(source, batch_size)
     else: images = ImageSource(source, size)
     return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))
+
+def side_of(
+    where: str,      # image source, or an .npz
+    size: int = 0,   # what was asked for; 0 for that of the images
+    *columns: str    # split and columns, as for `ImageSource`
+) -> int | None: # pixels; None for stored statistics
+    "Side at which images are scored: an .npz and the digits have their own, others that of their images if all are squares of one size. Raises `ValueError` if they are not, and nothing was asked for."
+    if is_npz(where): return _side_in_npz(where)
+    if where == 'digits' or size: return 16 if where == 'digits' else size
+    listing = open_source(where, *columns)
+    if listing.kind == 'hub': raise ValueError(f'{where} is streamed, so the size of its images is not known: give --size')
+    some = torch.randperm(len(listing.rows), generator=torch.Generator().manual_seed(0))[:64].tolist()
+    sizes = set()
+    for n in some:
+        row = listing.rows[n]
+        try: sizes.add(open_image(row if listing.kind == 'folder' else row[listing.columns['image']], Path(listing.place)).size)
+        except (OSError, ValueError): continue # counted where images are read
+    if len(sizes) != 1 or len(set(*sizes)) != 1:
+        shown = ', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:3]) or 'none that can be read'
+        raise ValueError(f'images of {where} are not squares of one size ({shown}): give --size')
+    return sizes.pop()[0]
+
+def _side_in_npz(path: str | Path) -> int | None:
+    "From the head of the array, without reading it."
+    with zipfile.ZipFile(path) as archive:
+        if 'arr_0.npy' not in archive.namelist(): return None
+        with archive.open('arr_0.npy') as f:
+            read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f) == (1, 0) else np.lib.format.read_array_header_2_0
+            shape = read(f)[0]
+    return shape[1] if len(shape) == 4 and shape[1] == shape[2] else None
+
+def one_side(
+    sides: dict # name of a set -> pixels, or None
+) -> int: # pixels
+    "The side that two sets share. Raises `ValueError` if they do not: features of images of two sizes differ by that alone."
+    known = {k: v for k, v in sides.items() if v}
+    if len(set(known.values())) > 1: raise ValueError('; '.join(f'{k} has {v} px' for k, v in known.items()) + ': give sets of one size, or --size for folders')
+    return next(iter(known.values()), 256)
+
+def file_digest(
+    path: str | Path # any file
+) -> str: # 16 hexadecimal digits
+    "What a file is, whatever it is called."
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16] if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()[:16]

@@ -619,7 +619,7 @@ def encode_latents(
     numbers = _numbers(source, order)
     if numbers is None and processes().num_processes > 1:
         raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
-    plan = {'format': 3, 'flip': flip, 'dtype': dtype, 'precision': precision, 'shard_size': shard_size, 'tokenizer': {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity},
+    plan = {'format': 3, 'flip': flip, 'dtype': dtype, 'precision': precision, 'shard_size': shard_size, 'tokenizer': {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'identity': tokenizer.identity.removesuffix('-spherical'), 'place': tokenizer.place},
             'source': source.record, 'order': None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}
     out = claim(out, 'latents')
     with locked(out):
@@ -645,7 +645,7 @@ def apart_from(
 
 def _begin_plan(out: Path, plan: dict) -> str:
     "How the names of this plan's files begin; noted in the manifest before there are any."
-    stem = f'latents-{digest_of(plan)[:8]}'
+    stem = f'latents-{digest_of(plan | {"tokenizer": plan["tokenizer"]["latent_identity"]})[:8]}' # another decoder makes the same latents
     if processes().is_main_process:
         manifest = read_manifest(out)
         if stem not in manifest.get('plans', []): write_json(out/MANIFEST, manifest | {'plans': [*manifest.get('plans', []), stem]})
@@ -786,6 +786,11 @@ class LatentDataset:
         return self
 
     def __len__(self): return self.index['count']
+
+    @property
+    def content(self) -> str: # 16 hexadecimal digits
+        "Hash of what the latents are: the checksums of the shards in order, their shape, type and flips."
+        return digest_of([s['sha256'] for s in self.index['shards']], self.index['shape'], self.index.get('dtype'), self.index['flip'])
 
     @property
     def classes(self) -> int:

@@ -7,7 +7,8 @@ __all__ = ['DISTANCES', 'SWAPS', 'swap_radius', 'swap_direction', 'population_me
            'find_partners', 'pixel_distance', 'cached_weights', 'lpips_distance', 'feature_distance',
            'efficientnet_lite0', 'semantic_features', 'efficientnet_distance', 'get_distances', 'DigitFeatures',
            'train_digit_features', 'load_digit_features', 'probe_swaps', 'bootstrap_interval', 'plot_swaps',
-           'swap_strip', 'summarise_swaps', 'sensitivity', 'plot_sensitivity', 'radius_response', 'plot_response']
+           'swap_strip', 'summarise_swaps', 'swap_displacement', 'sensitivity', 'equal_displacement',
+           'plot_sensitivity', 'radius_response', 'plot_response']
 
 # %% ../nbs/03_probes.ipynb #18318a74
 import importlib.resources
@@ -357,13 +358,30 @@ def swap_strip(
 def summarise_swaps(
     result: dict # from `probe_swaps`
 ) -> dict: # distance -> {'mean': {swap: [mean, low, high]}, 'direction_over_radius': [ratio, low, high]}
-    "Means with 95 % bootstrap intervals, and by what factor the direction swap moves the image more than the radius swap."
+    """Means with 95 % bootstrap intervals, and the ratio of the two means (images resampled in pairs).
+
+    The ratio compares changes of different sizes: read it beside `swap_displacement`.
+    """
     out = {}
     for k in next(iter(result.values())):
         paired = torch.stack([result['direction'][k], result['radius'][k]], 1)
         out[k] = {'mean': {swap: list(bootstrap_interval(per[k])) for swap, per in result.items()},
                   'direction_over_radius': list(bootstrap_interval(paired, lambda v: v[:, 0].mean()/v[:, 1].mean()))}
     return out
+
+def swap_displacement(
+    z: Tensor,       # latents [N, d, h, w]
+    anchors: Tensor, # image numbers [M]
+    partner: Tensor  # image numbers [M]
+) -> dict: # swap -> [mean, low, high]: distance moved over the token's norm
+    "How far the radius, direction and full swap move a token, relative to its norm: means over images, with intervals."
+    moved: dict[str, list] = {'radius': [], 'direction': [], 'full': []}
+    for m, n in zip(anchors.split(256), partner.split(256)):
+        a, b = z[m], z[n]
+        for swap, rows in moved.items():
+            off = token_norm(SWAPS[swap](a, b, None) - a)/token_norm(a).clamp_min(torch.finfo(a.dtype).tiny)
+            rows.append(off.mean((1, 2)))
+    return {swap: list(bootstrap_interval(torch.cat(rows))) for swap, rows in moved.items()}
 
 # %% ../nbs/03_probes.ipynb #f9a44c42
 @torch.no_grad()
@@ -392,6 +410,27 @@ def sensitivity(
             for k, d in distances.items(): row[k].append(d(anchor, x).cpu())
     return [{'kind': kind, 'amount': amount, 'displacement': displacement, **{k: list(bootstrap_interval(torch.cat(v), resamples=500)) for k, v in row.items()}}
             for (kind, amount, displacement, _), row in zip(moves, found)]
+
+def equal_displacement(
+    rows: list,              # from `sensitivity`
+    distance: str = 'pixel', # which distance
+    up_to: float = .5        # largest relative displacement that counts
+) -> dict: # 'shorter', 'longer', 'scaled' (both): [smallest, largest] ratio
+    """How many times as far the image moves when tokens are scaled as when they are rotated by the same displacement.
+
+    Between the measured rotations the curve is a straight line. Raises `ValueError` where no scaling lies among them.
+    """
+    turned = sorted((r['displacement'], r[distance][0]) for r in rows if r['kind'] == 'rotated')
+    angles, curve = zip(*turned)
+    found = {}
+    for kind in ('shorter', 'longer'):
+        scaled = [(r['displacement'], r[distance][0]) for r in rows if r['kind'] == kind]
+        inside = [(np.interp(x, angles, curve), y) for x, y in scaled if angles[0] <= x <= min(up_to, angles[-1]) + 1e-9]
+        ratios = [y/rotated for rotated, y in inside if rotated > 0]
+        if not ratios: raise ValueError(f'no {kind} tokens are displaced by {angles[0]:.2g} to {up_to:.2g}: measure more scales')
+        found[kind] = [float(min(ratios)), float(max(ratios))]
+    found['scaled'] = [min(found['shorter'][0], found['longer'][0]), max(found['shorter'][1], found['longer'][1])]
+    return found
 
 def plot_sensitivity(
     rows: list,               # from `sensitivity`

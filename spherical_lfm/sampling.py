@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'guided_velocity', 'check_guidance', 'check_classes', 'run
 
 # %% ../nbs/09_sampling.ipynb #3d931301
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,14 +307,27 @@ def load_run(
 
 def tokenizer_for(
     record: dict,                       # from `load_run`
-    tokenizer: str | Path | None = None,# name or folder; None takes the name in the record
+    tokenizer: str | Path | None = None,# name or folder; None takes the very one whose latents the run was trained on
     device: str | torch.device = 'cpu'  # where to put it
 ) -> Tokenizer: # spherical if the arm is
-    "Tokenizer that decodes a run's latents. Raises `ValueError` if its latents are not the ones the run was trained on."
-    wanted = record['data']['tokenizer']
-    found = load_tokenizer(tokenizer or wanted['name'], spherical=ARMS[record['config']['arm']].spherical, device=device)
+    """Tokenizer that decodes a run's latents.
+
+    Raises `ValueError` if its latents are not the ones the run was trained on, if what lies at the remembered place has changed, or if its
+    decoder expects projected tokens and the run does not make them; `FileNotFoundError` if nothing lies there.
+    """
+    wanted, spherical = record['data']['tokenizer'], ARMS[record['config']['arm']].spherical
+    place = wanted.get('place')
+    if tokenizer is None and place and not Path(place).exists():
+        raise FileNotFoundError(f'the tokenizer of this run lay at {place} and is not there any more: give it with --tokenizer')
+    found = load_tokenizer(tokenizer or place or wanted['name'], spherical=spherical, device=device)
     if found.latent_identity != wanted['latent_identity']:
         raise ValueError(f'tokenizer {found.name} ({found.latent_identity}) is not the one this run was trained on ({wanted["name"]}, {wanted["latent_identity"]}): give the matching one')
+    if tokenizer is None and place and found.identity.removesuffix('-spherical') != wanted['identity']:
+        raise ValueError(f'the decoder at {place} has changed since the latents of this run were encoded: give the one you mean with --tokenizer')
+    if found.for_sphere and not spherical:
+        raise ValueError(f'the decoder of {found.name} was finetuned for projected tokens, which arm {record["config"]["arm"]} does not make: give the control with --tokenizer')
+    if spherical and not found.for_sphere:
+        warnings.warn(f'the decoder of {found.name} never saw projected tokens: slfm_finetune makes one that has', stacklevel=2)
     return found
 
 # %% ../nbs/09_sampling.ipynb #3fb13506

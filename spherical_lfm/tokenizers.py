@@ -161,7 +161,8 @@ def claim(
     **more              # further entries of a new manifest, JSON-ready
 ) -> Path: # the folder
     "Take a folder for output, on every process alike. Raises `FileExistsError` if it is neither absent, nor empty, nor ours for the same purpose."
-    folder, failure = Path(folder), None
+    folder = Path(folder)
+    failure: OSError | None = None
     if processes().is_main_process:
         try:
             if objection := _objection(folder, purpose): raise FileExistsError(objection)
@@ -372,6 +373,8 @@ class Tokenizer(nn.Module):
     "An autoencoder, its `LatentTransform` and optionally the spherical projection, behind `encode` and `decode`."
     autoencoder: Any  #: a diffusers autoencoder
     transform: LatentTransform
+    place: str | None = None        #: the folder it was loaded from; None for a name or a model made here
+    for_sphere: bool | None = None  #: whether its decoder was saved behind the projection; None if nobody knows
 
     def __init__(self,
         autoencoder: nn.Module,                   # a diffusers autoencoder
@@ -960,6 +963,8 @@ def load_tokenizer(
     spherical = saved.get('spherical', False) if spherical is None else spherical
     name = str(name_or_path) if known else saved.get('name') or (Path(place).resolve().name if format == 'diffusers' else format)
     tokenizer = Tokenizer(model, transform or _own_transform(model, packed), spherical, name)
+    if not known: tokenizer.place = str(Path(place).resolve())
+    tokenizer.for_sphere = saved.get('spherical')
     if dtype != torch.float32:
         tokenizer._stored_identity = tokenizer.latent_identity, tokenizer.identity.removesuffix('-spherical') # of the weights as stored
         tokenizer.autoencoder.to(dtype)

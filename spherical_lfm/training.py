@@ -195,7 +195,7 @@ class Trainer(ResumableRun):
         self.mine = slice(self.accelerator.process_index*share, (self.accelerator.process_index + 1)*share)
         self.loader = LatentLoader(self.data, c.batch_size, c.seed, .5*c.flip, self.mine, c.window, self.device)
         self.order, self._heard = self.loader.order, 0.
-        self.info = {'config': asdict(c) | {'betas': list(c.betas)}, 'classes': classes, 'shape': [d, side, side], 'data': {k: self.data.index[k] for k in ('count', 'tokenizer', 'source')}}
+        self.info = {'config': asdict(c) | {'betas': list(c.betas)}, 'classes': classes, 'shape': [d, side, side], 'data': {k: self.data.index[k] for k in ('count', 'tokenizer', 'source')} | {'content': self.data.content}}
 
     def draws(self,
         step: int # step number, from 0

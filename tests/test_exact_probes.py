@@ -110,3 +110,39 @@ def test_the_response_of_a_layer_is_local_and_at_equal_displacement():
         assert row['scaled'][0] == pytest.approx(.5*here.abs().mean().item(), rel=1e-4)
         turned = .5*here.norm(dim=1).mean().item()/math.sqrt(12)  # root mean square per channel, above the mean of |x|
         assert .6*turned < row['rotated'][0] < turned
+
+
+def test_displacement_of_swaps_by_hand():
+    "a = (3, 4) and b = (0, 2): the norm changes by 3 of 5; the directions differ by a vector of length sqrt(.4)."
+    z = torch.cat([tokens([3., 4.]), tokens([0., 2.])])
+    found = probes.swap_displacement(z, torch.tensor([0]), torch.tensor([1]))
+    assert found['radius'] == pytest.approx([.6]*3)
+    assert found['direction'] == pytest.approx([.4**.5]*3)
+    assert found['full'] == pytest.approx([13**.5/5]*3)
+    both = probes.swap_displacement(z, torch.tensor([0, 1]), torch.tensor([1, 0]))
+    assert both['radius'][0] == pytest.approx((.6 + 1.5)/2), 'a mean over images, each relative to its own norm'
+
+
+def row(kind, displacement, value): return {'kind': kind, 'displacement': displacement, 'pixel': [value, value, value]}
+
+
+def test_sensitivity_at_equal_displacement_by_hand():
+    rows = [row('rotated', .1, .1), row('rotated', .5, .5), row('rotated', 1., 2.), row('shorter', .3, .6),
+            row('shorter', .5, .5), row('longer', .2, .1), row('longer', .75, 5.), row('longer', .05, 9.)]
+    assert probes.equal_displacement(rows) == {'shorter': pytest.approx([1., 2.]), 'longer': pytest.approx([.5, .5]),
+                                               'scaled': pytest.approx([.5, 2.])}
+    assert probes.equal_displacement(rows, up_to=1.)['longer'] == pytest.approx([.5, 4.]), '5 over the 1.25 halfway'
+    with pytest.raises(ValueError, match='no shorter tokens'): probes.equal_displacement(rows, up_to=.25)
+
+
+def test_what_a_probe_prints_is_what_it_measured():
+    from spherical_lfm.experiments import probe_lines
+    swaps = {'radius': [.05, .04, .06], 'direction': [.5, .4, .6], 'full': [.51, .4, .6]}
+    moved = {'radius': [.2, .1, .3], 'direction': [1., .9, 1.1], 'full': [1.1, 1., 1.2]}
+    ratios = {'shorter': [1.5, 1.8], 'longer': [1.3, 1.6], 'scaled': [1.3, 1.8]}
+    lines = probe_lines({'summary': {'pixel': {'mean': swaps, 'direction_over_radius': [9.7, 8.7, 9.9]}},
+                         'displacement': moved, 'equal_displacement': {'pixel': ratios}})
+    assert [line.split() for line in lines if 'radius' in line] == [['radius', '0.0500', '[0.0400,', '0.0600]'],
+                                                                    ['radius', '0.2000', '[0.1000,', '0.3000]']]
+    assert lines[-1].split() == ['pixel', '1.3', 'to', '1.8', 'times', 'as', 'far']
+    assert not any('9.7' in line for line in lines), 'the ratio of the two swaps is no finding'

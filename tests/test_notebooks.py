@@ -56,7 +56,7 @@ def test_jupyter_execute(runs, name):
 def test_a_reader_finds_question_links_and_exercises(path):
     cells = cells_of(path)
     first, setup = source(cells[0]), source(cells[1])
-    assert f'colab.research.google.com/github/{PLACE}/blob/main/nbs/{path.name}' in first and f'mybinder.org/v2/gh/{PLACE}/main?urlpath=lab/tree/nbs/{path.name}' in first
+    assert 'colab.research' not in first and 'mybinder' not in first, 'scripts/links.py adds links where they lead somewhere'
     assert setup == source(cells_of(NOTEBOOKS[0])[1]) and 'google.colab' in setup and PLACE in setup
     if path.stem == 'index': return
     assert '**The question.**' in first and 'Next: [' in source(cells[-1]) or path.stem == 'map'

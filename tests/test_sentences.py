@@ -1,0 +1,207 @@
+"""What the prose says, against stored results; what it must not say again."""
+import configparser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+
+from spherical_lfm.probes import equal_displacement
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+RESULTS = sorted((ROOT/'data'/'results').glob('*.json'))
+sys.path.insert(0, str(ROOT/'scripts'))
+
+
+def result(name): return json.loads((ROOT/'data'/'results'/f'{name}.json').read_text())
+
+
+def cells(name, kind):
+    found = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
+    return [''.join(c['source']) for c in found if c['cell_type'] == kind]
+
+
+def flat(text): return ' '.join(text.split())
+
+
+DIGITS, PHOTOS, DECODER = result('digits_comparison'), result('cifar10_taef2_small'), result('decoder_cifar10')
+PROBES = {name: result(f'probe_{name}') for name in ('cifar10', 'imagenet')}
+
+
+def photo(arm, key='fd', seed=None):
+    "Mean over seeds, or one seed, without guidance."
+    rows = [r for r in PHOTOS['rows'] if r['arm'] == arm and seed in (None, r['seed'])]
+    return mean(r['guided'][0][key] for r in rows)
+
+
+def swapped(arm): return next(r['fd'] for r in PHOTOS['swap'] if r['arm'] == arm and r['seed'] == 0)
+
+
+def psnr(pipeline): return DECODER['pipelines'][pipeline]['psnr']
+
+
+def off(arm): # what guidance takes off, every seed
+    guided = [r['guided'] for r in PHOTOS['rows'] if r['arm'] == arm]
+    return [none['fd'] - some['fd'] for none, some in guided]
+
+
+def power(arm): return next(r['loss_over_power'] for r in PHOTOS['rows'] if r['arm'] == arm and r['seed'] == 0)
+
+
+def scaled(distance='pixel', kind='scaled', up_to=.5): # smallest and largest ratio over both sets of photographs
+    found = [equal_displacement(p['sensitivity'], distance, up_to)[kind] for p in PROBES.values()]
+    return min(f[0] for f in found), max(f[1] for f in found)
+
+
+def in_bins():
+    ratios = [r['scaled'][0]/r['rotated'][0] for p in PROBES.values() for r in p['response']]
+    return min(ratios), max(ratios)
+
+
+def at_one(kind): # semantic distance of lengthened over rotated tokens at displacement 1
+    ratios = []
+    for p in PROBES.values():
+        turned = sorted((r['displacement'], r['efficientnet'][0]) for r in p['sensitivity'] if r['kind'] == 'rotated')
+        at = [r for r in p['sensitivity'] if r['kind'] == kind and abs(r['displacement'] - 1) < 1e-6]
+        y = at[0]['efficientnet'][0]
+        ratios.append(y/np.interp(1., *zip(*turned)))
+    return min(ratios), max(ratios)
+
+
+ARC, SHELL, SPHERE, CHORD = 'spherical-slerp', 'vanilla-shell', 'spherical-linear', 'vanilla-linear'
+BENCH = result('bench_train')
+SOLVERS = {(r['method'], r['evaluations']): r['fd'] for r in result('digits_solvers')['rows']}
+LAST = [SOLVERS[m, max(n for k, n in SOLVERS if k == m)] for m in ('heun', 'rk4', 'adams2', 'adams3', 'adaptive')]
+GUIDED = [v for arm in (ARC, SHELL, SPHERE, CHORD) for v in off(arm)]
+CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
+    ('03_probes', 'scaling all tokens changes pixels {:.1f} to {:.1f} times as much as rotating them', scaled()),
+    ('03_probes', 'scaling one bin of lengths {:.1f} to {:.1f} times as much', in_bins()),
+    ('03_probes', 'shortening is {:.1f} to {:.1f} times *worse* than rotating', scaled('efficientnet', 'shorter', 1.)),
+    ('03_probes', 'while it is small ({:.1f} to {:.1f} times as much', scaled('efficientnet', 'longer', .2)),
+    ('03_probes', 'when it is large ({:.1f} to {:.1f} times at 1)', at_one('longer')),
+    ('08_training', 'the median of five pairwise ratios is {:.3f}', (BENCH['slerp_over_linear'],)),
+    ('08_training', '({:,.0f} ms for the arc, {:,.0f} ms for the chord)',
+     [BENCH['ms_per_step'][path] for path in ('slerp', 'linear')]),
+    ('09_sampling', 'arrive at {:.2f} to {:.2f}', (min(LAST), max(LAST))),
+    ('09_sampling', 'tried, is at {:.2f}', (SOLVERS['euler', 64],)),
+    ('11_experiments', 'score higher against them ({:.2f})', (DIGITS['held_out_fd'],)),
+    ('11_experiments', 'arc (KID {:.3f}, distance {:.0f}), shell ({:.3f}, {:.0f}), '
+     'chord on the sphere ({:.3f}, {:.0f}), chord ({:.3f}, {:.0f})',
+     [photo(arm, key) for arm in (ARC, SHELL, SPHERE, CHORD) for key in ('kid', 'fd')]),
+    ('11_experiments', 'The seeds differ by {:.1f} for the arc and by {:.0f} for the chord',
+     [abs(photo(arm, seed=0) - photo(arm, seed=1)) for arm in (ARC, CHORD)]),
+    ('11_experiments', 'Guidance of 1.5 takes {:.0f} to {:.1f} off', (min(GUIDED), max(GUIDED))),
+    ('11_experiments', '({:.1f} dB against {:.1f} dB, chapter 04)',
+     [psnr(f'finetuned {decoder}') for decoder in ('spherical', 'control')]),
+    ('11_experiments', 'the chord\'s is the **lower** one ({:.2f} against {:.2f})', (power(CHORD), power(ARC))),
+    ('11_experiments', 'the arc is ahead by {:.0f}: {:.0f} against {:.0f} through the control, '
+     '{:.0f} against {:.0f} through the spherical',
+     (photo(CHORD, seed=0) - swapped(ARC), photo(CHORD, seed=0), swapped(ARC), swapped(CHORD), photo(ARC, seed=0))),
+    ('11_experiments', 'the spherical decoder is ahead by {:.0f}', (photo(CHORD, seed=0) - swapped(CHORD),)),
+    ('11_experiments', 'of the {:.0f} between these two arms', (photo(CHORD, seed=0) - photo(ARC, seed=0),)),
+    ('11_experiments', 'nearly the same without it ({:.3f}) and with it ({:.3f})',
+     [power(f'{ARC} without projection'), power(ARC)]),
+    ('tutorial_sit', 'goes from {:.0f} (chord, vanilla) to {:.0f} with data and noise projected (1, 2), '
+     'to {:.0f} with the arc *without*',
+     (photo(CHORD, seed=0), photo(SPHERE, seed=0), photo(f'{ARC} without projection', seed=0))),
+    ('tutorial_sit', 'and to {:.0f} with it (4)', (photo(ARC, seed=0),)),
+    ('tutorial_sit', 'the vanilla chord has {:.0f}', (swapped(CHORD),)),
+]
+
+
+@pytest.mark.parametrize('name, sentence, numbers', CLAIMS, ids=lambda v: v[:40] if isinstance(v, str) else '')
+def test_numbers_of_the_prose_are_those_of_the_results(name, sentence, numbers):
+    assert sentence.format(*numbers) in flat(' '.join(cells(name, 'markdown'))), sentence.format(*numbers)
+
+
+def test_tables_of_the_readme_are_what_the_results_say():
+    "The hidden cells of the index are run on the stored results of today; the README shows what they write."
+    hidden = [c for c in cells('index', 'code') if '#| hide' in c and 'colab' not in c]
+    code = hidden + [c for c in cells('index', 'code') if '#| echo: false' in c]
+    script = '\n'.join(code).replace('\nMarkdown(', '\nprint(').replace('from IPython.display import Markdown', '')
+    written = subprocess.run([sys.executable, '-c', script], cwd=ROOT/'nbs', capture_output=True, text=True, timeout=60)
+    assert written.returncode == 0, written.stderr
+    readme = (ROOT/'README.md').read_text().replace('](nbs/', '](')
+    lines = [line for line in written.stdout.splitlines() if line]
+    assert len(lines) > 15
+    for line in lines: assert line in readme, f'run the index and make readme: {line}'
+    digits = [r['fd'] for r in DIGITS['rows'] if r['arm'] == ARC]
+    assert f'{mean(digits):.1f} [{min(digits):.1f}, {max(digits):.1f}]' in readme
+    assert f'{photo(ARC, "kid"):.3f} [' in readme
+
+
+def commits(found):
+    "Every commit that a result records, at any depth."
+    if isinstance(found, dict):
+        if isinstance(found.get('commit'), str): yield found['commit']
+        found = found.values()
+    elif not isinstance(found, list): return
+    for inner in found: yield from commits(inner)
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=lambda p: p.stem)
+def test_stored_results_are_of_a_commit_that_can_be_checked_out(path):
+    dirty = {c for c in commits(json.loads(path.read_text())) if c.endswith('-dirty')}
+    assert not dirty, f'{path.name} was made from a changed tree ({", ".join(dirty)}): make it anew from a clean one'
+
+
+def sources():
+    "Everything that a reader reads, by the name of its file."
+    found = {p.name: '\n'.join(cells(p.stem, 'markdown') + cells(p.stem, 'code')) for p in NOTEBOOKS}
+    code = [p for folder in ('spherical_lfm', 'scripts') for p in (ROOT/folder).glob('[a-z]*.py')]
+    others = [ROOT/'README.md', ROOT/'CHANGELOG.md', *code]
+    return found | {p.name: p.read_text() for p in others if p.name != 'faults.py'}
+
+
+REFUTED = ['draws their direction', 'draws directions', 'direction matters', 'hardly looks at', 'hardly misses',
+           'barely reads', 'times as much as radius', 'read direction?', 'bound what any flow']
+
+
+@pytest.mark.parametrize('claim', REFUTED)
+def test_refuted_claims_do_not_come_back(claim):
+    for name, text in sources().items():
+        assert claim not in flat(text), f'{name} says {claim!r}, which chapter 03 refutes'
+
+
+def test_only_the_distance_with_inception_is_called_fid():
+    for name, text in sources().items():
+        for line in text.splitlines():
+            other = re.search(r'\bs?FID\b', line) and re.search(r'digit|EfficientNet|efficientnet|CIFAR', line)
+            assert not other or re.search(r'[Ii]nception|another tokenizer', line), f'{name}: {line.strip()[:200]}'
+
+
+def settings_folder(tmp_path, published):
+    text = re.sub(r'^published = .*$', f'published = {published}', (ROOT/'settings.ini').read_text(), flags=re.M)
+    tmp_path.mkdir()
+    (tmp_path/'settings.ini').write_text(text)
+    return tmp_path
+
+
+def test_links_follow_one_switch(tmp_path):
+    from links import notebook_links, source_link
+    off, on = (settings_folder(tmp_path/str(k), k) for k in (False, True))
+    assert notebook_links('index', off) == '' and 'http' not in source_link('a.py', '#L1-L2', root=off)
+    assert source_link('a.py', '#L1-L2', 'Source', off) == 'Source: `a.py`, lines 1 to 2'
+    links = notebook_links('05_paths', on)
+    known = configparser.ConfigParser(delimiters=['='])
+    known.read(ROOT/'settings.ini')
+    place = known['DEFAULT']['git_url'].removeprefix('https://github.com/')
+    assert f'colab.research.google.com/github/{place}/blob/main/nbs/05_paths.ipynb' in links
+    assert f'mybinder.org/v2/gh/{place}/main?urlpath=lab/tree/nbs/05_paths.ipynb' in links
+    assert source_link('a.py', '#L3', root=on) == f'[a.py](https://github.com/{place}/blob/main/a.py#L3)'
+
+
+def test_nothing_points_to_an_unpublished_repository():
+    from links import published, settings
+    if published(): pytest.skip('the repository is published')
+    for name in ('README.md', 'CITATION.cff'):
+        text = (ROOT/name).read_text()
+        assert settings()['git_url'] not in text and 'colab.research' not in text and 'mybinder' not in text, name
+    for p in NOTEBOOKS:
+        text = '\n'.join(cells(p.stem, 'markdown'))
+        assert settings()['git_url'] not in text and 'mybinder' not in text, p.name
