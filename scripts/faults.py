@@ -57,6 +57,9 @@ SPHERE = faults(
 
 CONCENTRATION = faults(
     'concentration',
+    ('the closed form depends on the unit of the radii', '(((1 - t)**2*r0**2 + t**2*r1**2)*(r0**2 + r1**2))',
+     '(((1 - t)**2*r0**2 + t**2*r1**2)*(1 + r1**2))',
+     'the closed form of the radial share', 'exact_geometry::test_the_closed_form_is_what_chords_do'),
     ('chi mean of another dimension', 'math.lgamma((d + 1)/2) - math.lgamma(d/2)',
      'math.lgamma((d + 2)/2) - math.lgamma(d/2)',
      'the Gaussian shell', 'exact_geometry::test_chi_moments_are_scipys'),
@@ -148,6 +151,8 @@ TOKENIZERS = faults(
 
 PROBES = faults(
     'probes',
+    ('backbones see images in [-1, 1]', '.clamp(-1, 1)/2 + .5\n', '.clamp(-1, 1)\n',
+     'semantic distances', 'exact_probes::test_semantic_features_are_those_of_the_resized_and_clipped_image'),
     ('the radius swap keeps the radius', 'return project(a, 1., dim)*token_norm(b, dim, keepdim=True)',
      'return project(a, 1., dim)*token_norm(a, dim, keepdim=True)',
      'what swapping norms changes', 'exact_probes::test_swaps_on_two_tokens'),
@@ -290,7 +295,7 @@ PATHS = faults(
      'return SlerpPath(exponential, project_velocity)',
      'the ablations', 'exact_geometry::test_arms_are_what_they_are_called'),
     ('the time shift goes the other way', 'return t/(1 + (shift - 1)*(1 - t))', 'return shift*t/(1 + (shift - 1)*t)',
-     'a shift above 1 gives the noise more', 'exact_sampling::test_shift_time_by_hand'),
+     'a shift above 1 gives the noise more', 'nb:05_paths'),
 )
 
 LATENTS = faults(
@@ -358,6 +363,9 @@ LATENTS = faults(
 
 SIT = faults(
     'sit',
+    ('heads of any size', 'for w, _, h in SIZES.values() if w == width), None)',
+     'for w, _, h in SIZES.values()), None)',
+     'published checkpoints', 'sit::test_heads_of_a_published_size_are_known'),
     ('time and class do not condition', 'cond = self.t_embedder(1 - t if c.reverse_time else t) + self.y_embedder(y)',
      'cond = self.t_embedder(0*t) + self.y_embedder(0*y)',
      'class-conditional velocities', 'sit::test_published_arithmetic'),

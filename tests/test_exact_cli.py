@@ -2,6 +2,7 @@
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from exact import Recorder
@@ -96,6 +97,10 @@ def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
         want = to_uint8(load_tokenizer('digits', spherical=True).decode(sample(model, path, y, steps=3, seed=5)))
     assert len(files) == 12
     for f, x in zip(files, want): assert (read_image(str(f)).int() - x.int()).abs().max() <= 1
+    cli.slfm_sample([place.run, str(tmp_path/'all'), *'--count 12 --steps 3 --seed 5 --step 1 --npz'.split()])
+    with np.load(tmp_path/'all.npz') as z: images, labels = z['arr_0'], z['arr_1']
+    assert labels.tolist() == y.tolist()
+    assert np.abs(images.astype(int) - want.permute(0, 2, 3, 1).numpy().astype(int)).max() <= 1
 
 
 def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):

@@ -68,6 +68,8 @@ def test_the_closed_form_is_what_chords_do(r1):
     for t in (0., .25, .5, 1.):
         found = radial_share(*LinearPath().interpolate(z0, z1, torch.full((300,), t, dtype=torch.float64)))
         assert found == pytest.approx(chord_radial_share(t, 1., r1).item(), abs=.01)
+    for t in (0., .25, .9): # a common unit of both radii drops out
+        assert chord_radial_share(t, 3., 3*r1).item() == pytest.approx(chord_radial_share(t, 1., r1).item())
     assert chord_radial_share(0., 1., r1).item() == pytest.approx(1/(1 + r1**2))
     assert chord_radial_share(1., 1., r1).item() == pytest.approx(r1**2/(1 + r1**2))
 
@@ -79,6 +81,7 @@ def test_excursion_by_hand():
 
 def test_isotropic_pairs_have_the_norms_asked_for():
     noise, data = isotropic_pair(16, .6, .1, 20_000)
+    assert noise.shape == data.shape == (20_000, 16, 1, 1)
     s = norm_stats(data)
     assert s['mean_over_sqrt_d'] == pytest.approx(.6, rel=.01) and s['cv'] == pytest.approx(.1, rel=.03)
     assert norm_stats(noise)['mean'] == pytest.approx(chi_mean(16), rel=.01)

