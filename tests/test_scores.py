@@ -216,3 +216,14 @@ def test_extractors_run_in_float32(tmp_path):
     x = digits_images('test')[0][:16]
     plain = extract_features(x, 'digits')
     with torch.autocast('cpu', torch.bfloat16): assert torch.equal(extract_features(x, 'digits'), plain)
+
+
+def test_arms_side_by_side_are_those_in_turn(tmp_path):
+    from spherical_lfm.experiments import compare
+    arms, preset = ('vanilla-linear', 'spherical-slerp'), replace(PRESET, samples=20, curve_samples=20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1) # as each of the two has
+    one, two = (compare(preset, arms, tmp_path/str(n), 'digits', progress=False, workers=n)['arms'] for n in (1, 2))
+    torch.set_num_threads(threads)
+    for arm in arms: assert two[arm]['fd'] == one[arm]['fd'] and two[arm]['final_loss'] == one[arm]['final_loss']
+    assert [json.loads(line)['loss'] for line in (tmp_path/'2'/arms[0]/'log.jsonl').read_text().splitlines()]
