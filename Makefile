@@ -4,7 +4,7 @@ BIN = .venv/bin
 ARMS ?= vanilla-linear,spherical-slerp
 OUT ?= runs/demo
 
-.PHONY: help setup demo test docs readme notebooks export data clean
+.PHONY: help setup demo test faults docs readme notebooks export data clean
 
 help: ## show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,9 @@ demo: setup ## matched comparison on digits -> runs/demo (ARMS=all for the four 
 test: setup ## notebooks and package agree, nbdev_test on every notebook, pytest
 	$(BIN)/python scripts/check_export.py
 	$(BIN)/python -m pytest tests
+
+faults: setup ## plant known faults one at a time and see that a test notices each (five minutes)
+	$(BIN)/python scripts/plant_faults.py
 
 docs: setup ## build the site into _docs
 	$(BIN)/python scripts/build_docs.py

@@ -48,7 +48,7 @@ def loss_by_hand(net, draws, arm):
     return (out - v).square().mean((1, 2, 3))
 
 
-def decay_at(step, decay): return decay
+def decay_at(step, decay): return min(decay, (1 + step)/(10 + step))
 
 
 def train_by_hand(net, draws, c):
