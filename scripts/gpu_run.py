@@ -16,17 +16,22 @@ from pathlib import Path
 import torch
 
 from spherical_lfm.cli import slfm_bench
-from spherical_lfm.experiments import PRESETS, Preset, compare
+from spherical_lfm.experiments import PRESETS, Preset, compare, environment
 from spherical_lfm.paths import ARMS
-from spherical_lfm.tokenizers import write_json
+from spherical_lfm.tokenizers import claim_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def store(path: Path, result: dict):
+    "A result with what it was made by. Refuses somebody else's file."
+    write_json(claim_file(path), {'environment': environment()} | result)
 
 
 def agree(args):
     "The CUDA cases of the tests."
     tests = subprocess.run([sys.executable, '-m', 'pytest', '-o', 'addopts=', str(ROOT/'tests'/'test_sphere.py'), str(ROOT/'tests'/'test_training.py'), '-k', 'cuda'], capture_output=True, text=True)
-    write_json(args.out/'gpu_tests.json', {'returncode': tests.returncode, 'closing_line': tests.stdout.strip().splitlines()[-1]})
+    store(args.out/'gpu_tests.json', {'returncode': tests.returncode, 'closing_line': tests.stdout.strip().splitlines()[-1]})
 
 
 def bench(args):
@@ -46,7 +51,7 @@ def digits(args):
     "The four arms on digits."
     preset = PRESETS['digits']
     if args.rehearse: preset = Preset(**asdict(preset) | dict(train=preset.train | dict(steps=4, checkpoint_every=4, log_every=2), samples=32, curve_samples=16, sample_steps=2))
-    with tempfile.TemporaryDirectory() as tmp: write_json(args.out/'gpu_digits.json', compare(preset, tuple(ARMS), tmp))
+    with tempfile.TemporaryDirectory() as tmp: store(args.out/'gpu_digits.json', compare(preset, tuple(ARMS), tmp))
 
 
 def study(args, script: str, *more):

@@ -24,7 +24,7 @@ from spherical_lfm.experiments import comparison_table, decoder_name, environmen
 from spherical_lfm.fidelity import all_parts, extract_features, score_features
 from spherical_lfm.latents import ImageSource, LatentDataset
 from spherical_lfm.paths import ARMS
-from spherical_lfm.tokenizers import atomic_write, write_json
+from spherical_lfm.tokenizers import atomic_write, claim_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = 'spherical-slerp without projection'
@@ -118,10 +118,10 @@ def collect(args):
     every = lambda lines: lines[max(0, len(lines)//48 - 1)::max(1, len(lines)//48)]
     described = {k: v for k, v in asdict(preset).items() if k not in ('tokenizer', 'control')}
     name = args.out/f'{args.preset.replace("-", "_")}.json'
-    write_json(name, {'rows': rows, 'reached': reached, **found, 'losses': {k: every(v) for k, v in curves.items()}, 'preset': described, 'environment': environment(list(range(args.seeds)))})
+    write_json(claim_file(name), {'rows': rows, 'reached': reached, **found, 'losses': {k: every(v) for k, v in curves.items()}, 'preset': described, 'environment': environment(list(range(args.seeds)))})
     for r in rows:
         grid = folder(args, r['arm'], r['seed'])/'samples.png'
-        if r['seed'] == 0 and grid.exists(): shutil.copyfile(grid, args.out/f'{name.stem}_{r["arm"].replace(" ", "_").replace("-", "_")}.png')
+        if r['seed'] == 0 and grid.exists(): shutil.copyfile(grid, claim_file(args.out/f'{name.stem}_{r["arm"].replace(" ", "_").replace("-", "_")}.png'))
     print(comparison_table({f'{r["arm"]} {r["seed"]}': r for r in rows}).to_string(index=False))
     print(f'results in {name}')
 

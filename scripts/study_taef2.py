@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_image
 from spherical_lfm.decoder import reconstruction_metrics
 from spherical_lfm.experiments import environment
 from spherical_lfm.latents import ImageSource
-from spherical_lfm.tokenizers import Tokenizer, load_tokenizer, measure_statistics, standardise, write_json
+from spherical_lfm.tokenizers import Tokenizer, claim_file, load_tokenizer, measure_statistics, standardise, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -35,7 +35,8 @@ def run(command: str, *args):
 def keep(out: Path, **files):
     "Copy what notebooks read: name=path."
     out.mkdir(parents=True, exist_ok=True)
-    for name, path in files.items(): shutil.copyfile(path, out/f'{name}{path.suffix}')
+    targets = {claim_file(out/f'{name}{path.suffix}'): path for name, path in files.items()}
+    for target, path in targets.items(): shutil.copyfile(path, target)
 
 
 def geometry(material: Path, runs: Path, out: Path, scaled):

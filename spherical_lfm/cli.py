@@ -230,7 +230,8 @@ def slfm_demo(
 ):
     "The matched comparison on scikit-learn's digits: a few minutes on two CPU cores. Ends with report.html, checkpoints, and a diffusers pipeline per arm."
     chosen = _arms(arms)
-    report = compare('digits', chosen, out, 'digits', seed)
+    workers = 1 if torch.cuda.is_available() else min(len(chosen), torch.get_num_threads())
+    report = compare('digits', chosen, out, 'digits', seed, workers=workers)
     for arm in chosen:
         folder = Path(out)/arm/'pipeline'
         if not folder.exists():

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -203,6 +203,16 @@ def swapped_weights(
             for p, k in zip(weights, kept): p.copy_(k)
 
 # %% ../nbs/04_decoder.ipynb #27bc6e52
+def _other_material(saved: dict, info: dict) -> Iterator[tuple]:
+    "What a run was made from and what it is offered now, where these differ: what has a content is known by that, wherever it lies."
+    for k, now in info.items():
+        then = saved.get(k)
+        if k == 'config' or now == then: continue
+        if not isinstance(now, dict) or not isinstance(then, dict): yield k, then, now
+        else:
+            for s in ('content',) if 'content' in now else now:
+                if then.get(s) != now[s]: yield f'{k} {s}', then.get(s), now[s]
+
 class ResumableRun:
     """A training loop with exact resume in a run folder. A subclass sets `accelerator`, `config`, `out`, `name`, `order`, `weights` and `info` (JSON-ready, what must not change), and has `train_step`, `save`, `load`.
 
@@ -299,7 +309,7 @@ class ResumableRun:
             raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged; '
                              'give a folder step-... of checkpoints') from e
         differ = [f'{k}: {saved["config"].get(k)} -> {v}' for k, v in self.info['config'].items() if k not in self.free and saved['config'].get(k) != v]
-        differ += [f'{k}: {saved.get(k)} -> {v}' for k, v in self.info.items() if k != 'config' and saved.get(k) != v]
+        differ += [f'{k}: {a} -> {b}' for k, a, b in _other_material(saved, self.info)]
         if differ: raise ValueError(f'cannot resume {folder} with changed settings ({"; ".join(differ)}): use another output folder or the old settings')
         return saved
 

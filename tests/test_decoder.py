@@ -53,7 +53,7 @@ def test_what_may_not_change_and_what_is_damaged(tmp_path):
     images, _ = digits_images('train')
     fit = lambda tokenizer=None, data=images, **k: DecoderTrainer(tokenizer or start(), data, FinetuneConfig(**QUICK | {'steps': 6} | k), tmp_path, images[:8]).fit(progress=False)
     fit()
-    for change, words in (({'lr': 1e-3}, 'lr: 0.0005 -> 0.001'), ({'data': images[:100]}, 'images: 1438 -> 100'), ({'tokenizer': start(False)}, 'tokenizer')):
+    for change, words in (({'lr': 1e-3}, 'lr: 0.0005 -> 0.001'), ({'data': images[:100]}, 'images count: 1438 -> 100'), ({'tokenizer': start(False)}, 'tokenizer')):
         with pytest.raises(ValueError, match=words): fit(**change)
     for folder in reversed(checkpoints(tmp_path)):
         weights = folder/'ema.safetensors'

@@ -186,6 +186,22 @@ def test_a_strangers_file_is_refused_and_ours_is_replaced(name, place, tmp_path)
     assert path.is_file()
 
 
+def test_scripts_refuse_a_strangers_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent/'scripts'))
+    import gpu_run
+    import make_data
+    import study_taef2
+    (tmp_path/'results').mkdir()
+    for name in ('digits_comparison.json', 'digits_solvers.json', 'digits_evolution.json', 'geometry.json', 'gpu_tests.json'): (tmp_path/'results'/name).write_text('{"mine": 1}')
+    write_json(tmp_path/'new.json', {'environment': {}})
+    before = contents(tmp_path)
+    works = [lambda: make_data.results(tmp_path, .01), lambda: make_data.solvers(tmp_path, .01), lambda: make_data.evolution(tmp_path, .01),
+             lambda: study_taef2.keep(tmp_path/'results', geometry=tmp_path/'new.json'), lambda: gpu_run.store(tmp_path/'results'/'gpu_tests.json', {})]
+    for work in works:
+        with pytest.raises(FileExistsError, match='was not made by this program'): work()
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize('out', ['{}', '{}/..', '{}/sub', '{}/a'])
 @pytest.mark.parametrize('name', ['slfm_encode', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_compare'])
 def test_images_and_output_lie_apart(name, out, tmp_path):
@@ -237,6 +253,9 @@ def test_a_second_writer_is_refused(place, tmp_path):
     assert first.wait().returncode == 0
     assert second.returncode == 0 or 'another process is writing to' in second.stderr
     assert LatentDataset(tmp_path/'out', verify=True).index['count'] == 1438
+    before = contents(tmp_path/'out')
+    with locked(tmp_path/'out'), pytest.raises(SystemExit, match='another process is writing to'): FOLDERS['slfm_encode'](tmp_path/'out', place)
+    assert contents(tmp_path/'out') == before
     claim(tmp_path/'run', 'a run')
     with locked(tmp_path/'run'), pytest.raises(SystemExit, match='another process is writing to'): FOLDERS['slfm_train'](tmp_path/'run', place)
 
