@@ -20,12 +20,14 @@ def published_velocity(w: dict, z, t, y, heads: int):
     waves = torch.cat([torch.cos(t[:, None]*omega), torch.sin(t[:, None]*omega)], 1)
     linear = lambda x, name: x @ w[f'{name}.weight'].T + w[f'{name}.bias']
     silu = lambda x: x*torch.sigmoid(x)
-    cond = linear(silu(linear(waves, 't_embedder.mlp.0')), 't_embedder.mlp.2') + w['y_embedder.embedding_table.weight'][y]
+    cond = linear(silu(linear(waves, 't_embedder.mlp.0')),
+                  't_embedder.mlp.2') + w['y_embedder.embedding_table.weight'][y]
     norm = lambda x: (x - x.mean(-1, keepdim=True))/torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6)
     for i in range(1 + max(int(k.split('.')[1]) for k in w if k.startswith('blocks.'))):
         b = f'blocks.{i}'
         s1, c1, g1, s2, c2, g2 = linear(silu(cond), f'{b}.adaLN_modulation.1')[:, None].chunk(6, -1)
-        q, k, v = linear(norm(x)*(1 + c1) + s1, f'{b}.attn.qkv').reshape(B, n*n, 3, heads, width//heads).permute(2, 0, 3, 1, 4)
+        q, k, v = linear(norm(x)*(1 + c1) + s1, f'{b}.attn.qkv').reshape(B, n*n, 3, heads,
+                                                                         width//heads).permute(2, 0, 3, 1, 4)
         attention = torch.softmax(q @ k.transpose(-1, -2)/math.sqrt(width/heads), -1) @ v
         x = x + g1*linear(attention.transpose(1, 2).reshape(B, n*n, width), f'{b}.attn.proj')
         hidden = linear(norm(x)*(1 + c2) + s2, f'{b}.mlp.fc1')
@@ -40,7 +42,8 @@ def published_velocity(w: dict, z, t, y, heads: int):
 def random_weights(seed=0, **kwargs):
     "A model with no closed gate, and inputs for it."
     g = torch.Generator().manual_seed(seed)
-    model = SiT(**dict(input_size=8, patch_size=2, in_channels=4, hidden_size=96, depth=3, num_heads=6, num_classes=7) | kwargs).requires_grad_(False).eval()
+    model = SiT(**dict(input_size=8, patch_size=2, in_channels=4, hidden_size=96, depth=3, num_heads=6, num_classes=7)
+                | kwargs).requires_grad_(False).eval()
     for p in model.parameters(): p += .05*torch.randn(p.shape, generator=g)
     return model, (torch.randn(5, 4, 8, 8, generator=g), torch.rand(5, generator=g), torch.tensor([0, 1, 6, 7, 3]))
 
@@ -64,7 +67,8 @@ def test_checkpoint_files(tmp_path):
     torch.save({'ema': model.state_dict() | heads, 'args': argparse.Namespace(model='SiT')}, tmp_path/'sit.pt')
     torch.testing.assert_close(SiT.from_sit_checkpoint(tmp_path/'sit.pt', num_heads=6)(z, t, y), model(z, t, y))
     torch.save({'model': model.state_dict(), 'args': pytest.Item}, tmp_path/'evil.pt')
-    with pytest.raises(ValueError, match='holds more than tensors .*Item.*save its state dict alone'): SiT.from_sit_checkpoint(tmp_path/'evil.pt')
+    with pytest.raises(ValueError, match='holds more than tensors .*Item.*save its state dict alone'):
+        SiT.from_sit_checkpoint(tmp_path/'evil.pt')
     with pytest.raises(FileNotFoundError, match='no checkpoint'): SiT.from_sit_checkpoint(tmp_path/'none.pt')
     state = model.state_dict()
     del state['blocks.1.mlp.fc2.bias']
@@ -87,7 +91,8 @@ def test_positions_are_those_of_diffusers():
 def test_a_published_checkpoint_gives_its_average():
     average, raw = random_weights()[0].state_dict(), random_weights(seed=1)[0].state_dict()
     found = SiT.from_sit_checkpoint({'model': raw, 'ema': average}, num_heads=6).state_dict()
-    assert all(torch.equal(found[k], average[k]) for k in found) and any(not torch.equal(found[k], raw[k]) for k in found)
+    assert all(torch.equal(found[k], average[k]) for k in found)
+    assert any(not torch.equal(found[k], raw[k]) for k in found)
 
 
 def test_gradient_checkpointing_and_compile_change_nothing():
@@ -107,4 +112,5 @@ def test_initialisation():
     qkv = model.blocks[0].attn.qkv.weight
     assert abs(qkv.abs().max().item() - math.sqrt(6/(qkv.shape[0] + qkv.shape[1]))) < 1e-3
     assert abs(model.t_embedder.mlp[0].weight.std().item() - .02) < 2e-3
-    assert F.cosine_similarity(model.pos_embed[0, 0], model.pos_embed[0, 1], 0) > F.cosine_similarity(model.pos_embed[0, 0], model.pos_embed[0, 15], 0)
+    assert F.cosine_similarity(model.pos_embed[0, 0], model.pos_embed[0, 1],
+                               0) > F.cosine_similarity(model.pos_embed[0, 0], model.pos_embed[0, 15], 0)
