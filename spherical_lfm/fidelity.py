@@ -565,10 +565,10 @@ def side_of(
     return sizes.pop()[0]
 
 def _side_in_npz(path: str | Path) -> int | None:
-    "From the head of the array, without reading it."
-    with zipfile.ZipFile(path) as archive:
-        if 'arr_0.npy' not in archive.namelist(): return None
-        with archive.open('arr_0.npy') as f:
+    "From the head of the array, without reading it. Raises what opening an .npz raises."
+    with _open_npz(path) as stored:
+        if 'arr_0' not in stored.files: return None
+        with stored.zip.open('arr_0.npy') as f:
             read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f) == (1, 0) else np.lib.format.read_array_header_2_0
             shape = read(f)[0]
     return shape[1] if len(shape) == 4 and shape[1] == shape[2] else None
