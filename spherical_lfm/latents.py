@@ -187,8 +187,9 @@ def _counts(counter: Counter, most: int = 5) -> str:
     return ', '.join(shown) + (f' and {len(counter) - most} more' if len(counter) > most else '')
 
 # %% ../nbs/06_latents.ipynb #f934950a
-#: Usual names of columns.
+#: Usual names of a column of images.
 IMAGE_COLUMNS = ('image', 'img', 'images', 'picture', 'photo', 'jpg', 'jpeg', 'png', 'webp')
+#: Usual names of a column of classes.
 LABEL_COLUMNS = ('label', 'labels', 'class', 'class_label', 'class_id', 'cls', 'target', 'category', 'fine_label', 'coarse_label', 'y')
 
 def choose_column(

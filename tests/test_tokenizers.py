@@ -341,7 +341,7 @@ def test_every_kind_of_image_is_read_or_named(zoo, tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path/'out'/'analysis.json').read_text())['digits']
     assert found['row']['images'] == 10 and found['protocol']['skipped'] == 4 and '4 images skipped' in result.stdout
-    assert {f.name for f in (tmp_path/'out').iterdir()} == {'analysis.json', 'table.csv', 'geometry.png', 'geometry.svg'}
+    assert {f.name for f in (tmp_path/'out').iterdir()} == {'slfm.json', 'analysis.json', 'table.csv', 'geometry.png', 'geometry.svg'}
     with pytest.raises(ValueError, match='cannot be read: text.png'): source[[Path(r).name for r in source.listing.rows].index('text.png')]
 
 
