@@ -23,18 +23,33 @@ from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, PAGES, RENDERED = ROOT/'_docs', ROOT/'build'/'docs', ROOT/'build'/'site'/'html' # MyST-NB leaves notebooks beside what it renders
-MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
 
 
-def sidebar() -> list: # [(section or None, [stems])]
-    "Sections and notebooks in reading order, from the sidebar that Quarto reads."
+def sidebar() -> list: # [(section or None, [names])]
+    "Sections and notebooks in reading order, from the sidebar that Quarto reads: paths below nbs, without their endings."
     contents = yaml.safe_load((ROOT/'nbs'/'sidebar.yml').read_text())['website']['sidebar']['contents']
-    return [(None, [Path(c).stem]) if isinstance(c, str) else (c['section'], [Path(p).stem for p in c['contents']]) for c in contents]
+    def name(path): return path.removesuffix('.ipynb')
+    return [(None, [name(c)]) if isinstance(c, str) else (c['section'], [*map(name, c['contents'])]) for c in contents]
 
 
-def page_of(stem: str) -> str:
-    "Address of a notebook's page: its name without the number."
-    return re.sub(r'^\d+_', '', stem)
+def page_of(name: str) -> str:
+    "Address of a notebook's page: its name without folder and number."
+    return re.sub(r'^\d+_', '', name.rpartition('/')[2])
+
+
+def module_of(name: str) -> str:
+    "Dotted module that a notebook exports, below the package: `engine/files` -> `engine.files`."
+    folder, _, last = name.rpartition('/')
+    return '.'.join(filter(None, (folder, page_of(last))))
+
+
+def file_of(module: str) -> Path:
+    "Source of a module."
+    return ROOT/'spherical_lfm'/f'{module.replace(".", "/")}.py'
+
+
+#: Modules of the package in the reading order of their notebooks.
+MODULES = [m for _, names in sidebar() for m in map(module_of, names) if file_of(m).exists()]
 
 
 def slug(heading: str) -> str:
@@ -62,9 +77,9 @@ def public_methods(cls) -> dict: # name -> function or property
 
 class Page:
     "A notebook as a page: directives applied, links and names resolved."
-    def __init__(self, stem: str, known: dict):
-        self.stem, self.known = stem, known
-        self.source = nbformat.read(ROOT/'nbs'/f'{stem}.ipynb', 4)
+    def __init__(self, name: str, known: dict):
+        self.name, self.known = name, known
+        self.source = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
         first = self.source.cells[0].source.splitlines()
         self.title = first[0].removeprefix('# ')
         self.description = next((line.removeprefix('> ') for line in first if line.startswith('> ')), '')
@@ -74,8 +89,8 @@ class Page:
         def name(match): return f'{{py:obj}}`{match[1]} <{self.known[match[1]]}>`' if match[1] in self.known else match[0]
         def link(match): return f']({page_of(match[1])}.ipynb{"#" + slug(match[2][1:].replace("-", " ")) if match[2] else ""})'
         parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\))', source, flags=re.S | re.M)
-        for i, part in enumerate(parts): parts[i] = re.sub(r'\]\(([\w]+)\.ipynb(#[^)]+)?\)', link, part) if i % 2 else re.sub(r'(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)', name, part)
-        return ''.join(parts)
+        for i, part in enumerate(parts): parts[i] = re.sub(r'\]\(([\w./]+)\.ipynb(#[^)]+)?\)', link, part) if i % 2 else re.sub(r'(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)', name, part)
+        return ''.join(parts).replace('](../images/', '](images/')
 
     def code(self, cell):
         "A code cell for the renderer, or None if its directives say that no page shows it."
@@ -99,9 +114,9 @@ class Page:
     def write(self, extra: str = ''):
         "Write the page for Sphinx."
         cells = [self.cell(c) for c in self.source.cells]
-        if links := notebook_links(self.stem): cells.insert(1, nbformat.v4.new_markdown_cell(links))
+        if links := notebook_links(self.name): cells.insert(1, nbformat.v4.new_markdown_cell(links))
         if extra: cells.append(nbformat.v4.new_markdown_cell(extra))
-        nbformat.write(nbformat.v4.new_notebook(cells=[c for c in cells if c], metadata=self.source.metadata), PAGES/f'{page_of(self.stem)}.ipynb')
+        nbformat.write(nbformat.v4.new_notebook(cells=[c for c in cells if c], metadata=self.source.metadata), PAGES/f'{page_of(self.name)}.ipynb')
 
     def examples(self, name: str) -> list: # [(code, language, anchor of its section)]
         "Visible cells and command lines that use an exported name, shortest first."
@@ -140,7 +155,7 @@ class Reference:
     def __init__(self, module: str, pages: list, known: dict):
         self.module, self.pages, self.known = module, pages, known
         self.mod = importlib.import_module(f'spherical_lfm.{module}')
-        self.chapter = next(p for p in pages if page_of(p.stem) == module)
+        self.chapter = next(p for p in pages if module_of(p.name) == module)
         tree = ast.parse(inspect.getsource(self.mod))
         self.constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
         self.lines = inspect.getsource(self.mod).splitlines()
@@ -173,8 +188,8 @@ class Reference:
         "A use of the name: from its own chapter, from another one, or else from the package or the tests."
         for page in [self.chapter, *(p for p in self.pages if p is not self.chapter)]:
             for code, language, section in page.examples(name)[:1]:
-                return f'**Example** from [{page.title}](../{page_of(page.stem)}.ipynb{f"#{section}" if section else ""})\n\n```{language}\n{code.rstrip()}\n```\n\n'
-        for file in [*sorted((ROOT/'spherical_lfm').glob('[a-z]*.py')), *sorted((ROOT/'scripts').glob('*.py')), *sorted((ROOT/'tests').glob('*.py'))]:
+                return f'**Example** from [{page.title}](../{page_of(page.name)}.ipynb{f"#{section}" if section else ""})\n\n```{language}\n{code.rstrip()}\n```\n\n'
+        for file in [*sorted((ROOT/'spherical_lfm').rglob('[a-z]*.py')), *sorted((ROOT/'scripts').glob('*.py')), *sorted((ROOT/'tests').glob('*.py'))]:
             if use := self.use(name, file.read_text()):
                 code, line = use
                 where = file.relative_to(ROOT).as_posix()
@@ -200,7 +215,7 @@ class Reference:
         "Link to the lines on the repository."
         lines, start = inspect.getsourcelines(obj)
         span = f'#L{start}-L{start + len(lines) - 1}'
-        return source_link(f'spherical_lfm/{self.module}.py', span, 'Source in the repository') + '\n'
+        return source_link(file_of(self.module).relative_to(ROOT).as_posix(), span, 'Source in the repository') + '\n'
 
     def signature(self, name: str, obj) -> str:
         "Name with parameters, types and defaults; a long default is left out."
@@ -229,7 +244,7 @@ class Reference:
     def write(self):
         "Write the page for Sphinx."
         names = [n for n in self.mod.__all__ if getattr(getattr(self.mod, n), '__module__', self.mod.__name__) == self.mod.__name__]
-        text = f'# spherical_lfm.{self.module}\n\n> {self.chapter.description}\n\nTaught in [{self.chapter.title}](../{self.module}.ipynb).\n\n```{{py:module}} spherical_lfm.{self.module}\n```\n\n'
+        text = f'# spherical_lfm.{self.module}\n\n> {self.chapter.description}\n\nTaught in [{self.chapter.title}](../{page_of(self.chapter.name)}.ipynb).\n\n```{{py:module}} spherical_lfm.{self.module}\n```\n\n'
         (PAGES/'api'/f'{self.module}.md').write_text(text + ''.join(map(self.entry, names)))
 
 
@@ -243,15 +258,15 @@ def build(strict: bool = True) -> int:
     for left in (PAGES, RENDERED): shutil.rmtree(left, ignore_errors=True)
     (PAGES/'api').mkdir(parents=True)
     known, sections = exported(), sidebar()
-    pages = [Page(stem, known) for _, stems in sections for stem in stems]
-    numbered = {p.stem: f'{p.stem[:2]} {p.title} <{page_of(p.stem)}>' if p.stem[:2].isdigit() else page_of(p.stem) for p in pages}
-    trees = toctree(None, ['Start <self>']) + ''.join(toctree(section, [numbered[s] for s in stems]) for section, stems in sections[1:])
+    pages = [Page(name, known) for _, names in sections for name in names]
+    numbered = {p.name: f'{p.name[:2]} {p.title} <{page_of(p.name)}>' if p.name[:2].isdigit() else page_of(p.name) for p in pages}
+    trees = toctree(None, ['Start <self>']) + ''.join(toctree(section, [numbered[n] for n in names]) for section, names in sections[1:])
     trees += toctree('Reference', [f'api/{m}' for m in MODULES])
-    for page in pages: page.write(trees if page.stem == 'index' else '')
+    for page in pages: page.write(trees if page.name == 'index' else '')
     references = [Reference(m, pages, known) for m in MODULES]
     for r in references: r.write()
     shutil.copytree(ROOT/'nbs'/'images', PAGES/'images')
-    descriptions = {page_of(p.stem): html.escape(p.description, quote=True) for p in pages} | {f'api/{m}': f'Reference of spherical_lfm.{m}: signatures, parameters, errors, examples, source.' for m in MODULES}
+    descriptions = {page_of(p.name): html.escape(p.description, quote=True) for p in pages} | {f'api/{m}': f'Reference of spherical_lfm.{m}: signatures, parameters, errors, examples, source.' for m in MODULES}
     with patch_docutils(ROOT/'scripts'/'site'), docutils_namespace():
         app = Sphinx(PAGES, ROOT/'scripts'/'site', RENDERED, ROOT/'build'/'doctrees', 'html', confoverrides={'descriptions': descriptions}, freshenv=True, warningiserror=strict, status=None, parallel=2)
         app.build()

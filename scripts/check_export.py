@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent/'spherical_lfm'
 
 def contents() -> dict:
     "Bytes of every module."
-    return {p.name: p.read_bytes() for p in PACKAGE.glob('*.py')}
+    return {str(p.relative_to(PACKAGE)): p.read_bytes() for p in PACKAGE.rglob('*.py')}
 
 
 if __name__ == '__main__':

@@ -34,10 +34,16 @@ LIBRARIES = ['pytest', 'torch', 'torchvision', 'accelerate', 'datasets', 'diffus
 OPTIONS = ['-x', '-q', '--assert=plain', '-p', 'no:cacheprovider', '-p', 'no:unraisableexception', '-o', 'addopts=']
 
 
+def source_of(module: str, root: Path = ROOT) -> Path:
+    "The file of a module, given by its dotted name below the package."
+    return root/'spherical_lfm'/f'{module.replace(".", "/")}.py'
+
+
 def notebook_of(module: str, root: Path = ROOT) -> Path:
     "The notebook that a module is exported from."
-    head = (root/'spherical_lfm'/f'{module}.py').read_text().split('File to edit: ', 1)[1].split('.ipynb', 1)[0]
-    return (root/'spherical_lfm'/f'{head}.ipynb').resolve()
+    source = source_of(module, root)
+    head = source.read_text().split('File to edit: ', 1)[1].split('.ipynb', 1)[0]
+    return (source.parent/f'{head}.ipynb').resolve()
 
 
 def exported(cell: dict) -> bool:
@@ -48,7 +54,7 @@ def exported(cell: dict) -> bool:
 
 def stale(fault: Fault, root: Path = ROOT) -> str:
     "Why a fault cannot be planted; empty if it can."
-    counts = [(root/'spherical_lfm'/f'{fault.module}.py').read_text().count(fault.old)]
+    counts = [source_of(fault.module, root).read_text().count(fault.old)]
     cells = json.loads(notebook_of(fault.module, root).read_text())['cells']
     counts.append(sum(''.join(c['source']).count(fault.old) for c in cells if exported(c)))
     places = [f'{n} times in the {place}' for n, place in zip(counts, ('module', 'notebook')) if n != 1]
@@ -63,7 +69,7 @@ def node(test: str) -> str:
 
 def plant(fault: Fault, root: Path):
     "Put a fault into the module and into the notebook of a copy."
-    module, book = root/'spherical_lfm'/f'{fault.module}.py', notebook_of(fault.module, root)
+    module, book = source_of(fault.module, root), notebook_of(fault.module, root)
     module.write_text(module.read_text().replace(fault.old, fault.new))
     content = json.loads(book.read_text())
     for cell in content['cells']:

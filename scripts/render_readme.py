@@ -1,5 +1,6 @@
 """Render README.md from nbs/index.ipynb; with --check, only say whether it is up to date."""
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -29,8 +30,7 @@ def readme() -> str:
         elif '#| hide' not in cell.source: parts += shown(cell)
     if links := notebook_links('index'): parts.insert(1, links)
     text = '\n\n'.join(parts)
-    for name in sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb')):
-        text = text.replace(f']({name})', f'](nbs/{name})')
+    text = re.sub(r'\]\(((?:\w+/)*\w+\.ipynb)', r'](nbs/\1', text)
     return text.replace('](images/', '](nbs/images/') + '\n'
 
 

@@ -1,7 +1,7 @@
 """Execute notebooks in place and store their outputs, skipping cells marked `#| eval: false`.
 
     python scripts/run_notebooks.py                  all notebooks
-    python scripts/run_notebooks.py nbs/00_sphere.ipynb
+    python scripts/run_notebooks.py nbs/02_sphere.ipynb
 """
 import argparse
 import re
@@ -39,6 +39,6 @@ def run(path: Path):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('notebooks', nargs='*', type=Path, help='which ones; none means all')
-    for path in parser.parse_args().notebooks or sorted((ROOT/'nbs').glob('*.ipynb')):
+    for path in parser.parse_args().notebooks or sorted((ROOT/'nbs').rglob('[!.]*.ipynb')):
         print(path.name, flush=True)
         run(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [p.stem for p in sorted((ROOT/'spherical_lfm').glob('[a-z]*.py'))]
+MODULES = [str(p.relative_to(ROOT/'spherical_lfm').with_suffix('')) for p in sorted((ROOT/'spherical_lfm').rglob('[a-z]*.py'))]
 TOOLS = {'nbdev', 'execnb', 'jupyter', 'IPython', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'hypothesis', 'sphinx', 'playwright'}
 
 
@@ -42,7 +42,7 @@ def built(tmp_path_factory):
 def test_distributions_hold_what_is_needed(built):
     sdist, wheel = built
     names = set(zipfile.ZipFile(wheel).namelist())
-    for needed in ('py.typed', 'sphere.py', '_modidx.py', 'data/paper.csv', 'data/digits/spherical/tokenizer.json', 'data/results/digits_comparison.json'): assert f'spherical_lfm/{needed}' in names, needed
+    for needed in ('py.typed', 'sphere.py', 'engine/files.py', 'tools/cli.py', '_modidx.py', 'data/paper.csv', 'data/digits/spherical/tokenizer.json', 'data/results/digits_comparison.json'): assert f'spherical_lfm/{needed}' in names, needed
     assert not any(n.startswith(('tests/', 'nbs/', 'scripts/', 'build/', 'runs/', 'material/')) for n in names)
     inside = {n.partition('/')[2] for n in tarfile.open(sdist).getnames()}
     assert {'pyproject.toml', 'README.md', 'LICENSE', 'spherical_lfm/sphere.py', 'data/paper.csv'} <= inside

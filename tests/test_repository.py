@@ -19,7 +19,7 @@ def test_no_pickles_no_large_files():
 
 
 def test_code_opens_nothing_that_executes():
-    for path in [*(ROOT/'spherical_lfm').glob('*.py'), *(ROOT/'scripts').glob('*.py')]:
+    for path in [*(ROOT/'spherical_lfm').rglob('*.py'), *(ROOT/'scripts').glob('*.py')]:
         text = path.read_text()
         for call in re.findall(r'torch\.load\([^\n]*', text): assert 'weights_only=True' in call, f'{path.name}: {call}'
         for banned in ('trust_remote_code=True', 'shell=True', 'os.system', 'allow_pickle=True', 'pickle.load'): assert banned not in text, f'{path.name}: {banned}'

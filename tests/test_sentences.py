@@ -13,7 +13,7 @@ import pytest
 from spherical_lfm.probes import equal_displacement
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('[!.]*.ipynb'))
 RESULTS = sorted((ROOT/'data'/'results').glob('*.json'))
 sys.path.insert(0, str(ROOT/'scripts'))
 
@@ -22,7 +22,7 @@ def result(name): return json.loads((ROOT/'data'/'results'/f'{name}.json').read_
 
 
 def cells(name, kind):
-    found = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
+    found = json.loads((name if isinstance(name, Path) else ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
     return [''.join(c['source']) for c in found if c['cell_type'] == kind]
 
 
@@ -79,32 +79,32 @@ SOLVERS = {(r['method'], r['evaluations']): r['fd'] for r in result('digits_solv
 LAST = [SOLVERS[m, max(n for k, n in SOLVERS if k == m)] for m in ('heun', 'rk4', 'adams2', 'adams3', 'adaptive')]
 GUIDED = [v for arm in (ARC, SHELL, SPHERE, CHORD) for v in off(arm)]
 CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
-    ('03_probes', 'scaling all tokens changes pixels {:.1f} to {:.1f} times as much as rotating them', scaled()),
-    ('03_probes', 'scaling one bin of lengths {:.1f} to {:.1f} times as much', in_bins()),
-    ('03_probes', 'shortening is {:.1f} to {:.1f} times *worse* than rotating', scaled('efficientnet', 'shorter', 1.)),
-    ('03_probes', 'while it is small ({:.1f} to {:.1f} times as much', scaled('efficientnet', 'longer', .2)),
-    ('03_probes', 'when it is large ({:.1f} to {:.1f} times at 1)', at_one('longer')),
+    ('05_probes', 'scaling all tokens changes pixels {:.1f} to {:.1f} times as much as rotating them', scaled()),
+    ('05_probes', 'scaling one bin of lengths {:.1f} to {:.1f} times as much', in_bins()),
+    ('05_probes', 'shortening is {:.1f} to {:.1f} times *worse* than rotating', scaled('efficientnet', 'shorter', 1.)),
+    ('05_probes', 'while it is small ({:.1f} to {:.1f} times as much', scaled('efficientnet', 'longer', .2)),
+    ('05_probes', 'when it is large ({:.1f} to {:.1f} times at 1)', at_one('longer')),
     ('08_training', 'the median of five pairwise ratios is {:.3f}', (BENCH['slerp_over_linear'],)),
     ('08_training', '({:,.0f} ms for the arc, {:,.0f} ms for the chord)',
      [BENCH['ms_per_step'][path] for path in ('slerp', 'linear')]),
-    ('09_sampling', 'arrive at {:.2f} to {:.2f}', (min(LAST), max(LAST))),
-    ('09_sampling', 'tried, is at {:.2f}', (SOLVERS['euler', 64],)),
-    ('11_experiments', 'score higher against them ({:.2f})', (DIGITS['held_out_fd'],)),
-    ('11_experiments', 'arc (KID {:.3f}, distance {:.0f}), shell ({:.3f}, {:.0f}), '
+    ('10_solvers', 'arrive at {:.2f} to {:.2f}', (min(LAST), max(LAST))),
+    ('10_solvers', 'tried, is at {:.2f}', (SOLVERS['euler', 64],)),
+    ('12_experiments', 'score higher against them ({:.2f})', (DIGITS['held_out_fd'],)),
+    ('12_experiments', 'arc (KID {:.3f}, distance {:.0f}), shell ({:.3f}, {:.0f}), '
      'chord on the sphere ({:.3f}, {:.0f}), chord ({:.3f}, {:.0f})',
      [photo(arm, key) for arm in (ARC, SHELL, SPHERE, CHORD) for key in ('kid', 'fd')]),
-    ('11_experiments', 'The seeds differ by {:.1f} for the arc and by {:.0f} for the chord',
+    ('12_experiments', 'The seeds differ by {:.1f} for the arc and by {:.0f} for the chord',
      [abs(photo(arm, seed=0) - photo(arm, seed=1)) for arm in (ARC, CHORD)]),
-    ('11_experiments', 'Guidance of 1.5 takes {:.0f} to {:.1f} off', (min(GUIDED), max(GUIDED))),
-    ('11_experiments', '({:.1f} dB against {:.1f} dB, chapter 04)',
+    ('12_experiments', 'Guidance of 1.5 takes {:.0f} to {:.1f} off', (min(GUIDED), max(GUIDED))),
+    ('12_experiments', '({:.1f} dB against {:.1f} dB, chapter 06)',
      [psnr(f'finetuned {decoder}') for decoder in ('spherical', 'control')]),
-    ('11_experiments', 'the chord\'s is the **lower** one ({:.2f} against {:.2f})', (power(CHORD), power(ARC))),
-    ('11_experiments', 'the arc is ahead by {:.0f}: {:.0f} against {:.0f} through the control, '
+    ('12_experiments', 'the chord\'s is the **lower** one ({:.2f} against {:.2f})', (power(CHORD), power(ARC))),
+    ('12_experiments', 'the arc is ahead by {:.0f}: {:.0f} against {:.0f} through the control, '
      '{:.0f} against {:.0f} through the spherical',
      (photo(CHORD, seed=0) - swapped(ARC), photo(CHORD, seed=0), swapped(ARC), swapped(CHORD), photo(ARC, seed=0))),
-    ('11_experiments', 'the spherical decoder is ahead by {:.0f}', (photo(CHORD, seed=0) - swapped(CHORD),)),
-    ('11_experiments', 'of the {:.0f} between these two arms', (photo(CHORD, seed=0) - photo(ARC, seed=0),)),
-    ('11_experiments', 'nearly the same without it ({:.3f}) and with it ({:.3f})',
+    ('12_experiments', 'the spherical decoder is ahead by {:.0f}', (photo(CHORD, seed=0) - swapped(CHORD),)),
+    ('12_experiments', 'of the {:.0f} between these two arms', (photo(CHORD, seed=0) - photo(ARC, seed=0),)),
+    ('12_experiments', 'nearly the same without it ({:.3f}) and with it ({:.3f})',
      [power(f'{ARC} without projection'), power(ARC)]),
     ('tutorial_sit', 'goes from {:.0f} (chord, vanilla) to {:.0f} with data and noise projected (1, 2), '
      'to {:.0f} with the arc *without*',
@@ -157,8 +157,8 @@ def test_stored_results_are_of_a_commit_that_can_be_checked_out(path):
 
 def sources():
     "Everything that a reader reads, by the name of its file."
-    found = {p.name: '\n'.join(cells(p.stem, 'markdown') + cells(p.stem, 'code')) for p in NOTEBOOKS}
-    code = [p for folder in ('spherical_lfm', 'scripts') for p in (ROOT/folder).glob('[a-z]*.py')]
+    found = {p.name: '\n'.join(cells(p, 'markdown') + cells(p, 'code')) for p in NOTEBOOKS}
+    code = [p for folder in ('spherical_lfm', 'scripts') for p in (ROOT/folder).rglob('[a-z]*.py')]
     others = [ROOT/'README.md', ROOT/'CHANGELOG.md', *code]
     return found | {p.name: p.read_text() for p in others if p.name != 'faults.py'}
 
@@ -170,7 +170,7 @@ REFUTED = ['draws their direction', 'draws directions', 'direction matters', 'ha
 @pytest.mark.parametrize('claim', REFUTED)
 def test_refuted_claims_do_not_come_back(claim):
     for name, text in sources().items():
-        assert claim not in flat(text), f'{name} says {claim!r}, which chapter 03 refutes'
+        assert claim not in flat(text), f'{name} says {claim!r}, which chapter 05 refutes'
 
 
 def test_only_the_distance_with_inception_is_called_fid():
@@ -192,12 +192,12 @@ def test_links_follow_one_switch(tmp_path):
     off, on = (settings_folder(tmp_path/str(k), k) for k in (False, True))
     assert notebook_links('index', off) == '' and 'http' not in source_link('a.py', '#L1-L2', root=off)
     assert source_link('a.py', '#L1-L2', 'Source', off) == 'Source: `a.py`, lines 1 to 2'
-    links = notebook_links('05_paths', on)
+    links = notebook_links('03_paths', on)
     known = configparser.ConfigParser(delimiters=['='])
     known.read(ROOT/'settings.ini')
     place = known['DEFAULT']['git_url'].removeprefix('https://github.com/')
-    assert f'colab.research.google.com/github/{place}/blob/main/nbs/05_paths.ipynb' in links
-    assert f'mybinder.org/v2/gh/{place}/main?urlpath=lab/tree/nbs/05_paths.ipynb' in links
+    assert f'colab.research.google.com/github/{place}/blob/main/nbs/03_paths.ipynb' in links
+    assert f'mybinder.org/v2/gh/{place}/main?urlpath=lab/tree/nbs/03_paths.ipynb' in links
     assert source_link('a.py', '#L3', root=on) == f'[a.py](https://github.com/{place}/blob/main/a.py#L3)'
 
 
@@ -208,5 +208,5 @@ def test_nothing_points_to_an_unpublished_repository():
         text = (ROOT/name).read_text()
         assert settings()['git_url'] not in text and 'colab.research' not in text and 'mybinder' not in text, name
     for p in NOTEBOOKS:
-        text = '\n'.join(cells(p.stem, 'markdown'))
+        text = '\n'.join(cells(p, 'markdown'))
         assert settings()['git_url'] not in text and 'mybinder' not in text, p.name

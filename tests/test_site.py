@@ -3,6 +3,7 @@ import functools
 import http.server
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,15 +18,22 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/'_docs'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-MODULES = ('sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'latents', 'sit', 'training', 'sampling', 'fidelity', 'experiments', 'cli')
+STORY = ('concentration', 'sphere', 'paths', 'tokenizers', 'probes', 'decoder', 'sit', 'training', 'sampling', 'solvers',
+         'fidelity', 'experiments')
+ENGINE = ('checks', 'processes', 'files', 'runs', 'images', 'latents', 'weights', 'features', 'plots', 'report')
+TOOLS = ('cli', 'studies', 'pipeline', 'bench')
+MODULES = (*STORY, *(f'engine.{m}' for m in ENGINE), *(f'tools.{m}' for m in TOOLS))
 
 
-def reading_order() -> list: # stems of the notebooks
+NOTEBOOKS = sorted(p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in (ROOT/'nbs').rglob('[!.]*.ipynb'))
+
+
+def reading_order() -> list: # notebooks below nbs, without their endings
     contents = yaml.safe_load((ROOT/'nbs'/'sidebar.yml').read_text())['website']['sidebar']['contents']
-    return [Path(n).stem for c in contents for n in ([c] if isinstance(c, str) else c['contents'])]
+    return [n.removesuffix('.ipynb') for c in contents for n in ([c] if isinstance(c, str) else c['contents'])]
 
 
-def address(stem: str) -> str: return re.sub(r'^\d+_', '', stem) + '.html'
+def address(name: str) -> str: return re.sub(r'^\d+_', '', Path(name).name) + '.html'
 
 
 class Elements(HTMLParser):
@@ -89,8 +97,8 @@ def visit(browser):
 
 
 def test_a_page_per_notebook_and_module(site):
-    assert set(reading_order()) == {p.stem for p in (ROOT/'nbs').glob('*.ipynb')}, 'sidebar.yml lists every notebook once'
-    for stem in reading_order(): assert address(stem) in site
+    assert sorted(reading_order()) == NOTEBOOKS, 'sidebar.yml lists every notebook once'
+    for name in reading_order(): assert address(name) in site
     for m in MODULES: assert f'api/{m}.html' in site
     assert 'search.html' in site and (SITE/'searchindex.js').exists()
 
@@ -167,7 +175,7 @@ LOOK = '''() => {
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   };
 }'''
-PAGES = [address(p.stem) for p in sorted((ROOT/'nbs').glob('*.ipynb'))] + [f'api/{m}.html' for m in MODULES]
+PAGES = [*map(address, NOTEBOOKS)] + [f'api/{m}.html' for m in MODULES]
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -281,7 +289,8 @@ def test_chapters_lead_on():
     order = reading_order()
     for here, after in zip(order[1:], order[2:]):
         cells = json.loads((ROOT/'nbs'/f'{here}.ipynb').read_text())['cells']
-        assert f']({after}.ipynb)' in ''.join(cells[-1]['source']), f'{here} does not end with a link to {after}'
+        there = os.path.relpath(f'{after}.ipynb', Path(here).parent)
+        assert f']({there})' in ''.join(cells[-1]['source']), f'{here} does not end with a link to {after}'
 
 
 def test_nbdev_processes_every_notebook():
@@ -289,5 +298,5 @@ def test_nbdev_processes_every_notebook():
     result = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; print(proc_nbs(n_workers=0, force=True))'], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     made = ROOT/result.stdout.split()[-1]
-    assert {p.stem for p in made.glob('*.ipynb')} == set(reading_order()) and {'_quarto.yml', 'nbdev.yml', 'sidebar.yml'} <= {p.name for p in made.iterdir()}
-    assert any('z_t' in str(c) for c in json.loads((made/'05_paths.ipynb').read_text())['cells'])
+    assert {p.relative_to(made).with_suffix('').as_posix() for p in made.rglob('[!.]*.ipynb')} == set(reading_order()) and {'_quarto.yml', 'nbdev.yml', 'sidebar.yml'} <= {p.name for p in made.iterdir()}
+    assert any('z_t' in str(c) for c in json.loads((made/'03_paths.ipynb').read_text())['cells'])
