@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATH_NAMES', 'chi_mean', 'chi_variance', 'shell_tail_bound', 'norm_stats', 'RunningMoments', 'processes',
-           'told_by_main', 'merge_over_processes', 'plot_norms', 'path_norms', 'radial_share', 'chord_radial_share',
+           'merge_over_processes', 'told_by_main', 'plot_norms', 'radial_share', 'path_norms', 'chord_radial_share',
            'chord_excursion', 'isotropic_pair', 'pair_profile', 'TokenStatistics', 'path_style', 'plot_radial_share',
            'plot_path_norms', 'geometry_row', 'plot_geometry']
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from fastcore.basics import patch
 from torch import Tensor
 
 from .sphere import angle, token_norm
@@ -37,7 +38,10 @@ def shell_tail_bound(
     d: int,      # dimensions
     width: float # distance from sqrt(d)
 ) -> float: # upper bound of P(| |e| - sqrt(d) | >= width)
-    "Concentration bound: a standard normal vector leaves the shell of half-width `width` with probability at most 2 exp(-s^2/2), s = width - (sqrt(d) - E|e|)."
+    """Concentration bound: a standard normal vector leaves the shell of half-width `width` at most this often.
+
+    It is 2 exp(-s^2/2), s = width - (sqrt(d) - E|e|).
+    """
     return min(1., 2*math.exp(-max(0., width - (math.sqrt(d) - chi_mean(d)))**2/2))
 
 # %% ../nbs/01_concentration.ipynb #afb67161
@@ -55,32 +59,29 @@ def norm_stats(
 
 # %% ../nbs/01_concentration.ipynb #65277f3b
 class RunningMoments:
-    "Count, mean, standard deviation, smallest and largest value per column of a stream of rows [N, width], in float64 and one pass (Welford, Chan et al.)."
+    """Count, mean, standard deviation, smallest and largest value per column of a stream of rows [N, width].
+
+    In float64 and one pass (Welford, Chan et al.).
+    """
     def __init__(self,
         width: int = 1 # columns
     ):
         zeros = torch.zeros(width, dtype=torch.float64)
-        self.count, self.mean, self.square, self.min, self.max = 0, zeros, zeros.clone(), zeros + math.inf, zeros - math.inf
+        self.count, self.mean, self.square = 0, zeros, zeros.clone()
+        self.min, self.max = zeros + math.inf, zeros - math.inf
 
     def update(self,
         rows: Tensor # [N, width]
     ) -> 'RunningMoments': # itself
         "Add rows. Raises `ValueError` for another width, NaN or Inf."
-        rows = rows.detach().double().cpu()
-        if rows.ndim != 2 or rows.shape[1] != len(self.mean): raise ValueError(f'rows must be [N, {len(self.mean)}], got {tuple(rows.shape)}')
-        if not torch.isfinite(rows).all(): raise ValueError('rows contain NaN or Inf')
-        if not len(rows): return self
-        other = RunningMoments(len(self.mean))
-        other.count, other.mean = len(rows), rows.mean(0)
-        other.square, other.min, other.max = (rows - other.mean).square().sum(0), rows.amin(0), rows.amax(0)
-        return self.merge(other)
+        return self.merge(_moments_of(rows, len(self.mean)))
 
     def merge(self,
         other: 'RunningMoments' # moments of other rows of the same width
     ) -> 'RunningMoments': # itself
         "Add everything that `other` has seen."
+        if not other.count: return self
         n = self.count + other.count
-        if not n: return self
         delta = other.mean - self.mean
         self.mean = self.mean + delta*other.count/n
         self.square = self.square + other.square + delta.square()*self.count*other.count/n
@@ -92,18 +93,23 @@ class RunningMoments:
         "Standard deviation per column (of the population: divided by N)."
         return (self.square/max(1, self.count)).sqrt()
 
+# %% ../nbs/01_concentration.ipynb #5e89ac92
+def _moments_of(rows: Tensor, width: int) -> RunningMoments:
+    "Moments of rows [N, width] that are all at hand."
+    rows = rows.detach().double().cpu()
+    if rows.ndim != 2 or rows.shape[1] != width: raise ValueError(f'rows must be [N, {width}], got {tuple(rows.shape)}')
+    if not torch.isfinite(rows).all(): raise ValueError('rows contain NaN or Inf')
+    part = RunningMoments(width)
+    if not len(rows): return part
+    part.count, part.mean = len(rows), rows.mean(0)
+    part.square = (rows - part.mean).square().sum(0)
+    part.min, part.max = rows.amin(0), rows.amax(0)
+    return part
+
 # %% ../nbs/01_concentration.ipynb #13435fda
 def processes() -> PartialState: # `process_index`, `num_processes`, `is_main_process`, `wait_for_everyone()`
     "The processes of this job: one, or those that `accelerate launch` or `torchrun` started (on gloo without a GPU)."
     return PartialState(cpu=not torch.cuda.is_available())
-
-def told_by_main(
-    value: Any # anything that can be pickled; what the other processes give is ignored
-) -> Any: # on every process
-    "What the main process says. A question about files is asked once: processes that look for themselves may see different things, and part."
-    held = [value]
-    if processes().num_processes > 1: torch.distributed.broadcast_object_list(held)
-    return held[0]
 
 def merge_over_processes(
     part # anything with `merge`, or None where a process has seen nothing
@@ -115,6 +121,22 @@ def merge_over_processes(
     seen = [p for p in parts if p is not None]
     return functools.reduce(lambda a, b: a.merge(b), seen) if seen else None
 
+# %% ../nbs/01_concentration.ipynb #3597ad0f
+def told_by_main(
+    value: Any # anything that can be pickled; what the other processes give is ignored
+) -> Any: # on every process
+    "What the main process says, on every process."
+    held = [value]
+    if processes().num_processes > 1: torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+# %% ../nbs/01_concentration.ipynb #f6f7489f
+def _draw_shell(ax, x, d: int, width: float = 1.5):
+    "The density of Gaussian token length / sqrt(d) at `x`, a line of this width; names the axes."
+    from scipy.stats import chi
+    ax.plot(x, chi.pdf(x*math.sqrt(d), d)*math.sqrt(d), 'k', lw=width, label=f'Gaussian shell, d = {d}')
+    ax.set(xlabel='token length / $\sqrt{d}$', ylabel='density')
+
 # %% ../nbs/01_concentration.ipynb #bec96883
 def plot_norms(
     latents: dict,  # name -> latents [B, d, h, w] or `TokenStatistics`, all of one d
@@ -123,7 +145,6 @@ def plot_norms(
     "Histograms of token length / sqrt(d) with the density of the Gaussian shell; returns the axes."
     import matplotlib.pyplot as plt
     import numpy as np
-    from scipy.stats import chi
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for name, z in latents.items():
         if torch.is_tensor(z):
@@ -134,11 +155,27 @@ def plot_norms(
             edges, density = z.density()
             ax.stairs(density, edges, fill=True, alpha=.5, label=name)
     low, high = ax.get_xlim()
-    x = np.linspace(low, high, 400).clip(0)
-    ax.plot(x, chi.pdf(x*math.sqrt(d), d)*math.sqrt(d), 'k', lw=1.5, label=f'Gaussian shell, d = {d}')
-    ax.set(xlabel='token length / $\\sqrt{d}$', ylabel='density')
+    _draw_shell(ax, np.linspace(low, high, 400).clip(0), d)
     ax.legend(fontsize=8)
     return ax
+
+# %% ../nbs/01_concentration.ipynb #d54658fe
+def radial_share(
+    z: Tensor,   # positions, tokens along `dim`
+    v: Tensor,   # velocities, same shape
+    dim: int = 1 # the token axis
+) -> float: # in [0, 1]
+    """Share of a velocity's power that changes token lengths: E[<v, z/|z|>^2]/E|v|^2.
+
+    Raises `ValueError` if shapes differ.
+    """
+    if z.shape != v.shape:
+        raise ValueError(f'positions and velocities must share a shape, got {tuple(z.shape)} and {tuple(v.shape)}')
+    z, v = z.double(), v.double()
+    r = token_norm(z, dim)
+    radial = (z*v).sum(dim)/torch.where(r > 0, r, 1)
+    power = v.square().sum(dim).mean()
+    return (radial.square().mean()/power).item() if power > 0 else 0.
 
 # %% ../nbs/01_concentration.ipynb #efa2c304
 def path_norms(
@@ -154,19 +191,6 @@ def path_norms(
         r = token_norm(z.double())
         rows.append((r.mean(), r.std(unbiased=False), torch.tensor(radial_share(z, v), dtype=torch.float64)))
     return dict(zip(('mean', 'std', 'radial_share'), torch.stack([torch.stack(r).cpu() for r in rows]).T))
-
-def radial_share(
-    z: Tensor,   # positions, tokens along `dim`
-    v: Tensor,   # velocities, same shape
-    dim: int = 1 # the token axis
-) -> float: # in [0, 1]
-    "Share of a velocity's power that changes token lengths: E[<v, z/|z|>^2]/E|v|^2. Raises `ValueError` if shapes differ."
-    if z.shape != v.shape: raise ValueError(f'positions and velocities must share a shape, got {tuple(z.shape)} and {tuple(v.shape)}')
-    z, v = z.double(), v.double()
-    r = token_norm(z, dim)
-    radial = (z*v).sum(dim)/torch.where(r > 0, r, 1)
-    power = v.square().sum(dim).mean()
-    return (radial.square().mean()/power).item() if power > 0 else 0.
 
 # %% ../nbs/01_concentration.ipynb #319cca6d
 def chord_radial_share(
@@ -186,6 +210,7 @@ def chord_excursion(
     "Largest distance of a path from the nearer endpoint shell, in units of that shell's standard deviation."
     return torch.stack([(norms - mean).abs()/std for mean, std in shells]).min(0).values.max().item()
 
+# %% ../nbs/01_concentration.ipynb #673c306a
 def isotropic_pair(
     d: int,            # token dimension
     radius: float,     # mean length of data tokens over sqrt(d)
@@ -222,7 +247,18 @@ def pair_profile(
 PATH_NAMES = ('linear', 'shell', 'slerp')
 
 class TokenStatistics:
-    "Token lengths of a stream of latents, and lengths and radial shares along the three paths from noise to them; memory does not grow with the stream."
+    """Token lengths of a stream of latents, and lengths and radial shares along the three paths from noise to them.
+
+    Memory does not grow with the stream.
+    """
+    update: Callable[..., 'TokenStatistics']  #: these are given below
+    merge: Callable[..., 'TokenStatistics']
+    density: Callable[..., tuple]
+    share: Callable[..., Tensor]
+    excursion: Callable[..., float]
+    summary: Callable[..., dict]
+    _follow_paths: Callable[..., None]
+
     def __init__(self,
         d: int,                       # token dimension
         times: Tensor | None = None,  # times of the path curves [T]; None leaves the paths out
@@ -237,79 +273,141 @@ class TokenStatistics:
         self.along = {p: RunningMoments(n) for p in PATH_NAMES}
         self._radial, self._power = ({p: torch.zeros(n, dtype=torch.float64) for p in PATH_NAMES} for _ in range(2))
 
+    # generators do not travel between processes
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != '_generator'}
 
-    def update(self,
-        z: Tensor # latents [B, d, h, w]
-    ) -> 'TokenStatistics': # itself
-        "Add latents. Raises `ValueError` for another d, NaN or Inf."
-        if z.ndim != 4 or z.shape[1] != self.d: raise ValueError(f'latents must be [B, {self.d}, h, w], got {tuple(z.shape)}')
-        z = z.detach().float().cpu()
-        r1 = token_norm(z).double().flatten()
-        self.lengths.update(r1[:, None])
-        self._bins += torch.bincount(torch.bucketize(r1/math.sqrt(self.d), self._edges, right=True), minlength=302)
-        self._images += len(z)
-        if self.times is None: return self
-        z0 = torch.randn(z.shape, generator=self._generator)
-        r0 = token_norm(z0).double().flatten()
-        self.noise.update(r0[:, None])
-        for path, (length, radial, power) in pair_profile(r0, r1, angle(z0, z).flatten(), self.times, self.d).items():
-            self.along[path].update(length)
-            self._radial[path] += radial.square().sum(0)
-            self._power[path] += power.sum(0)
-        return self
+# %% ../nbs/01_concentration.ipynb #9fa1394b
+@patch
+def update(
+    self: TokenStatistics,
+    z: Tensor # latents [B, d, h, w]
+) -> TokenStatistics: # itself
+    "Add latents. Raises `ValueError` for another d, NaN or Inf."
+    if z.ndim != 4 or z.shape[1] != self.d:
+        raise ValueError(f'latents must be [B, {self.d}, h, w], got {tuple(z.shape)}')
+    z = z.detach().float().cpu()
+    r1 = token_norm(z).double().flatten()
+    self.lengths.update(r1[:, None])
+    self._bins += torch.bincount(torch.bucketize(r1/math.sqrt(self.d), self._edges, right=True), minlength=302)
+    self._images += len(z)
+    if self.times is not None: self._follow_paths(z, r1, self.times)
+    return self
 
-    def merge(self,
-        other: 'TokenStatistics' # statistics of other latents, same d and times
-    ) -> 'TokenStatistics': # itself
-        "Add everything that `other` has seen."
-        self.lengths.merge(other.lengths)
-        self.noise.merge(other.noise)
-        self._bins, self._images = self._bins + other._bins, self._images + other._images
-        for p in PATH_NAMES:
-            self.along[p].merge(other.along[p])
-            self._radial[p], self._power[p] = self._radial[p] + other._radial[p], self._power[p] + other._power[p]
-        return self
+@patch
+def _follow_paths(self: TokenStatistics, z: Tensor, r1: Tensor, times: Tensor):
+    "Add the three paths from noise to latents `z` of lengths `r1`."
+    z0 = torch.randn(z.shape, generator=self._generator)
+    r0 = token_norm(z0).double().flatten()
+    self.noise.update(r0[:, None])
+    for path, (length, radial, power) in pair_profile(r0, r1, angle(z0, z).flatten(), times, self.d).items():
+        self.along[path].update(length)
+        self._radial[path] += radial.square().sum(0)
+        self._power[path] += power.sum(0)
 
-    def density(self) -> tuple: # (edges [n + 1], density [n]) of length / sqrt(d), as arrays
-        "Histogram of token length / sqrt(d) where there are tokens, as a density. Raises `ValueError` if none have been seen."
-        inside = self._bins[1:-1]
-        used = inside.nonzero().flatten()
-        if not len(used): raise ValueError('no tokens have been seen')
-        low, high = int(used[0]), int(used[-1]) + 1
-        width = (self._edges[1] - self._edges[0]).item()
-        return self._edges[low:high + 1].numpy(), (inside[low:high]/self._bins.sum()/width).numpy()
+# %% ../nbs/01_concentration.ipynb #37460379
+@patch
+def merge(
+    self: TokenStatistics,
+    other: TokenStatistics # statistics of other latents, same d and times
+) -> TokenStatistics: # itself
+    "Add everything that `other` has seen."
+    self.lengths.merge(other.lengths)
+    self.noise.merge(other.noise)
+    self._bins, self._images = self._bins + other._bins, self._images + other._images
+    for p in PATH_NAMES:
+        self.along[p].merge(other.along[p])
+        self._radial[p], self._power[p] = self._radial[p] + other._radial[p], self._power[p] + other._power[p]
+    return self
 
-    def share(self,
-        path: str # 'linear', 'shell' or 'slerp'
-    ) -> Tensor: # ρ(t) [T]
-        "Radial share of the velocity along a path: E[v_rad^2]/E|v|^2."
-        return self._radial[path]/self._power[path].clamp_min(1e-30)
+# %% ../nbs/01_concentration.ipynb #52750e87
+@patch
+def density(
+    self: TokenStatistics
+) -> tuple: # (edges [n + 1], density [n]) of length / sqrt(d), as arrays
+    "Histogram of token length / sqrt(d) where there are tokens, as a density. Raises `ValueError` without tokens."
+    inside = self._bins[1:-1]
+    used = inside.nonzero().flatten()
+    if not len(used): raise ValueError('no tokens have been seen')
+    low, high = int(used[0]), int(used[-1]) + 1
+    width = (self._edges[1] - self._edges[0]).item()
+    return self._edges[low:high + 1].numpy(), (inside[low:high]/self._bins.sum()/width).numpy()
 
-    def excursion(self) -> float: # in units of σ
-        "Largest distance of the mean chord from the nearer endpoint shell, in units of that shell's σ."
-        noise, data = ((m.mean.item(), m.std.item()) for m in (self.noise, self.lengths))
-        return chord_excursion(self.along['linear'].mean, (noise, data))
+# %% ../nbs/01_concentration.ipynb #5daead0e
+@patch
+def share(
+    self: TokenStatistics,
+    path: str # 'linear', 'shell' or 'slerp'
+) -> Tensor: # ρ(t) [T]
+    "Radial share of the velocity along a path: E[v_rad^2]/E|v|^2."
+    return self._radial[path]/self._power[path].clamp_min(1e-30)
 
-    def summary(self) -> dict: # JSON-ready
-        "Everything as numbers: lengths, and for each path its curves over t. Raises `ValueError` if no tokens have been seen."
-        n = self.lengths
-        if not n.count: raise ValueError('no tokens have been seen')
-        mean, std, root = n.mean.item(), n.std.item(), math.sqrt(self.d)
-        edges, density = self.density()
-        out = {'d': self.d, 'images': self._images, 'count': n.count, 'mean': mean, 'std': std, 'cv': std/mean if mean else math.nan, 'mean_over_sqrt_d': mean/root,
-               'min': n.min.item(), 'max': n.max.item(), 'gaussian_mean_over_sqrt_d': chi_mean(self.d)/root, 'gaussian_cv': chi_variance(self.d)**.5/chi_mean(self.d),
-               'histogram': {'edges_over_sqrt_d': [round(x, 4) for x in edges.tolist()], 'density': [round(x, 5) for x in density.tolist()]}}
-        if self.times is None: return out
-        rms = [math.sqrt(m.mean.item()**2 + m.std.item()**2) for m in (self.noise, n)]
-        numbers = lambda x: [round(v, 6) for v in x.tolist()]
-        out |= {'excursion_sigma': self.excursion(), 'times': numbers(self.times), 'chord_radial_share_closed_form': numbers(chord_radial_share(self.times, *rms)),
-                'paths': {p: {'mean_over_sqrt_d': numbers(self.along[p].mean/root), 'std_over_sqrt_d': numbers(self.along[p].std/root), 'radial_share': numbers(self.share(p))} for p in PATH_NAMES}}
-        return out
+@patch
+def excursion(
+    self: TokenStatistics
+) -> float: # in units of σ
+    "Largest distance of the mean chord from the nearer endpoint shell, in units of that shell's σ."
+    noise, data = ((m.mean.item(), m.std.item()) for m in (self.noise, self.lengths))
+    return chord_excursion(self.along['linear'].mean, (noise, data))
+
+# %% ../nbs/01_concentration.ipynb #029d1ba2
+def _rounded(x, digits: int = 6) -> list[float]: return [round(v, digits) for v in x.tolist()]
+
+def _length_summary(s: TokenStatistics) -> dict:
+    "Token lengths as numbers, beside those of Gaussian noise."
+    n, root = s.lengths, math.sqrt(s.d)
+    mean, std = n.mean.item(), n.std.item()
+    edges, density = s.density()
+    return {
+        'd': s.d,
+        'images': s._images,
+        'count': n.count,
+        'mean': mean,
+        'std': std,
+        'cv': std/mean if mean else math.nan,
+        'mean_over_sqrt_d': mean/root,
+        'min': n.min.item(),
+        'max': n.max.item(),
+        'gaussian_mean_over_sqrt_d': chi_mean(s.d)/root,
+        'gaussian_cv': chi_variance(s.d)**.5/chi_mean(s.d),
+        'histogram': {'edges_over_sqrt_d': _rounded(edges, 4), 'density': _rounded(density, 5)},
+    }
+
+# %% ../nbs/01_concentration.ipynb #21f85bd2
+def _path_summary(s: TokenStatistics, times: Tensor) -> dict:
+    "The curves over t as numbers."
+    rms = [math.sqrt(m.mean.item()**2 + m.std.item()**2) for m in (s.noise, s.lengths)]
+    root = math.sqrt(s.d)
+    return {
+        'excursion_sigma': s.excursion(),
+        'times': _rounded(times),
+        'chord_radial_share_closed_form': _rounded(chord_radial_share(times, *rms)),
+        'paths': {p: {'mean_over_sqrt_d': _rounded(m.mean/root),
+                      'std_over_sqrt_d': _rounded(m.std/root),
+                      'radial_share': _rounded(s.share(p))} for p, m in s.along.items()},
+    }
+
+@patch
+def summary(
+    self: TokenStatistics
+) -> dict: # JSON-ready
+    "Everything as numbers: lengths, and for each path its curves over t. Raises `ValueError` without tokens."
+    if not self.lengths.count: raise ValueError('no tokens have been seen')
+    return _length_summary(self) | ({} if self.times is None else _path_summary(self, self.times))
 
 # %% ../nbs/01_concentration.ipynb #20893905
-_STYLES = {'linear': ('#0072B2', '--'), 'shell': ('#E69F00', '-.'), 'spherical-linear': ('#009E73', ':'), 'slerp': ('#D55E00', '-')}
-_PLAIN = {'chord': 'linear', 'vanilla-linear': 'linear', 'vanilla-shell': 'shell', 'arc': 'slerp', 'spherical-slerp': 'slerp'}
+_STYLES = {
+    'linear': ('#0072B2', '--'),
+    'shell': ('#E69F00', '-.'),
+    'spherical-linear': ('#009E73', ':'),
+    'slerp': ('#D55E00', '-'),
+}
+_PLAIN = {
+    'chord': 'linear',
+    'vanilla-linear': 'linear',
+    'vanilla-shell': 'shell',
+    'arc': 'slerp',
+    'spherical-slerp': 'slerp',
+}
 
 def path_style(
     name: str # a path or an arm: 'chord', 'linear', 'vanilla-shell', 'spherical-slerp', ...
@@ -326,12 +424,14 @@ def plot_radial_share(
     "Radial share over time for several paths; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
-    for name, (times, share) in curves.items(): ax.plot(times, share, label=name, **path_style(name))
+    for name, (times, share) in curves.items():
+        ax.plot(times, share, label=name, **path_style(name))
     if radii: ax.plot(times, chord_radial_share(times, *radii), 'k:', label='closed form of the chord')
     ax.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))
     ax.legend(fontsize=8)
     return ax
 
+# %% ../nbs/01_concentration.ipynb #2fdc6aa3
 def plot_path_norms(
     curves: dict,        # name -> (times [n], {'mean', 'std'} as from `path_norms`)
     d: int,              # token dimension
@@ -354,35 +454,66 @@ def geometry_row(
     raw: dict,                   # summary of the autoencoder's own latents
     processed: dict              # summary of flow coordinates, with paths
 ) -> dict: # one flat row
-    "A tokenizer in one row: lengths before and after standardisation, excursion of the chord, radial share at both ends and in the middle."
-    share = processed['paths']['linear']['radial_share']
-    return {'tokenizer': name, 'd': processed['d'], 'images': processed['images'], 'tokens': processed['count'], 'raw_mean_over_sqrt_d': raw['mean_over_sqrt_d'], 'raw_cv': raw['cv'],
-            'mean_over_sqrt_d': processed['mean_over_sqrt_d'], 'cv': processed['cv'], 'gaussian_cv': processed['gaussian_cv'], 'excursion_sigma': processed['excursion_sigma'],
-            'share_t0': share[0], 'share_middle': share[len(share)//2], 'share_t1': share[-1]}
+    """A tokenizer in one row.
 
+    Lengths before and after standardisation, excursion of the chord, radial share at both ends and in the middle.
+    """
+    share = processed['paths']['linear']['radial_share']
+    return {
+        'tokenizer': name,
+        'd': processed['d'],
+        'images': processed['images'],
+        'tokens': processed['count'],
+        'raw_mean_over_sqrt_d': raw['mean_over_sqrt_d'],
+        'raw_cv': raw['cv'],
+        'mean_over_sqrt_d': processed['mean_over_sqrt_d'],
+        'cv': processed['cv'],
+        'gaussian_cv': processed['gaussian_cv'],
+        'excursion_sigma': processed['excursion_sigma'],
+        'share_t0': share[0],
+        'share_middle': share[len(share)//2],
+        'share_t1': share[-1],
+    }
+
+# %% ../nbs/01_concentration.ipynb #3cdbdb2b
+def _draw_lengths(ax, raw: dict, processed: dict):
+    "Histograms of token length before and after standardisation."
+    for label, x in (('raw latents', raw['histogram']), ('flow coordinates', processed['histogram'])):
+        ax.stairs(x['density'], x['edges_over_sqrt_d'], fill=True, alpha=.5, label=label)
+    _draw_shell(ax, torch.linspace(0, max(ax.get_xlim()), 400).numpy(), processed['d'], 1.2)
+
+# %% ../nbs/01_concentration.ipynb #d67404b5
+def _draw_path_lengths(ax, p: dict):
+    "Mean length along the three paths, and the shells of noise and data as bands of one standard deviation."
+    noise = p['gaussian_mean_over_sqrt_d'], p['gaussian_cv']
+    for colour, (mean, cv), what in (('tab:gray', noise, 'noise shell'),
+                                     ('tab:olive', (p['mean_over_sqrt_d'], p['cv']), 'data shell')):
+        ax.axhspan(mean - mean*cv, mean + mean*cv, color=colour, alpha=.15, label=f'{what}, ±1 σ')
+    for path, c in p['paths'].items():
+        ax.plot(p['times'], c['mean_over_sqrt_d'], label=path, **path_style(path))
+    ax.set(xlabel='t (noise to data)', ylabel='mean length / $\\sqrt{d}$')
+    ax.set_title(f'lowest mean of the chord: {p["excursion_sigma"]:.2f} σ from the mean of the nearer shell',
+                 fontsize=10)
+
+def _draw_shares(ax, p: dict):
+    "Radial share along the three paths, with the closed form of the chord."
+    for path, c in p['paths'].items():
+        ax.plot(p['times'], c['radial_share'], label=path, **path_style(path))
+    ax.plot(p['times'], p['chord_radial_share_closed_form'], 'k:', label='closed form, linear')
+    ax.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))
+
+# %% ../nbs/01_concentration.ipynb #da94adcb
 def plot_geometry(
     summaries: dict # name -> {'raw', 'processed'}: summaries of `TokenStatistics`
 ):
     "Lengths, path lengths and radial shares, one column per tokenizer; returns the figure."
     import matplotlib.pyplot as plt
-    from scipy.stats import chi
     fig, axes = plt.subplots(3, len(summaries), figsize=(5*len(summaries), 8.4), squeeze=False, layout='constrained')
-    for (name, both), (top, middle, bottom) in zip(summaries.items(), axes.T):
-        p, d = both['processed'], both['processed']['d']
-        for label, x in (('raw latents', both['raw']), ('flow coordinates', p)):
-            top.stairs(x['histogram']['density'], x['histogram']['edges_over_sqrt_d'], fill=True, alpha=.5, label=label)
-        x = torch.linspace(0, max(top.get_xlim()), 400).numpy()
-        top.plot(x, chi.pdf(x*math.sqrt(d), d)*math.sqrt(d), 'k', lw=1.2, label=f'Gaussian shell, d = {d}')
-        top.set(title=name, xlabel='token length / $\\sqrt{d}$', ylabel='density')
-        t = p['times']
-        for colour, mean, std, what in (('tab:gray', p['gaussian_mean_over_sqrt_d'], p['gaussian_mean_over_sqrt_d']*p['gaussian_cv'], 'noise shell'), ('tab:olive', p['mean_over_sqrt_d'], p['mean_over_sqrt_d']*p['cv'], 'data shell')):
-            middle.axhspan(mean - std, mean + std, color=colour, alpha=.15, label=f'{what}, ±1 σ')
-        for path, c in p['paths'].items():
-            middle.plot(t, c['mean_over_sqrt_d'], label=path, **path_style(path))
-            bottom.plot(t, c['radial_share'], label=path, **path_style(path))
-        bottom.plot(t, p['chord_radial_share_closed_form'], 'k:', label='closed form, linear')
-        middle.set(xlabel='t (noise to data)', ylabel='mean length / $\\sqrt{d}$')
-        middle.set_title(f'lowest mean of the chord: {p["excursion_sigma"]:.2f} σ from the mean of the nearer shell', fontsize=10)
-        bottom.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))
-        for ax in (top, middle, bottom): ax.legend(fontsize=7)
+    for (name, both), column in zip(summaries.items(), axes.T):
+        _draw_lengths(column[0], both['raw'], both['processed'])
+        column[0].set_title(name)
+        _draw_path_lengths(column[1], both['processed'])
+        _draw_shares(column[2], both['processed'])
+        for ax in column:
+            ax.legend(fontsize=7)
     return fig

@@ -6,7 +6,10 @@
 __all__ = ['ARMS', 'Path', 'LinearPath', 'ShellPath', 'SlerpPath', 'arm_path', 'shift_time']
 
 # %% ../nbs/05_paths.ipynb #23f8bd20
+from collections.abc import Callable
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from . import sphere
@@ -15,6 +18,10 @@ from . import sphere
 class Path:
     "What a flow needs to know about its route: `prior`, `interpolate`, `tangent`, `step` (and `transport`). Stateless."
     spherical = False #: whether noise and data lie on the sphere of radius sqrt(d)
+    tangent: Callable[..., Tensor]   #: these are given below
+    step: Callable[..., Tensor]
+    transport: Callable[..., Tensor]
+    pullback: Callable[..., Tensor]
 
     def prior(self,
         shape: tuple,                             # [B, d, h, w]
@@ -34,43 +41,55 @@ class Path:
         "Position and target velocity at time `t`. Every path writes its own; here it raises `NotImplementedError`."
         raise NotImplementedError
 
-    def tangent(self,
-        z: Tensor, # positions
-        v: Tensor  # velocities, same shape
-    ) -> Tensor: # the part of `v` that counts
-        "Everything counts in flat space."
-        return v
-
-    def step(self,
-        z: Tensor, # positions
-        v: Tensor, # velocities
-        dt: float  # time step
-    ) -> Tensor: # next positions
-        "A straight step z + dt v."
-        return z + dt*v
-
-    def transport(self,
-        z: Tensor, # where `v` lives
-        w: Tensor, # where it is wanted
-        v: Tensor  # velocities at `z`
-    ) -> Tensor: # velocities at `w`
-        "A velocity means the same everywhere in flat space."
-        return v
-
-    def pullback(self,
-        z: Tensor, # where a walk began
-        u: Tensor, # the walk: a velocity times a time
-        v: Tensor  # velocities where it ended
-    ) -> Tensor: # how `u` must change to follow `v`
-        "A velocity means the same everywhere in flat space."
-        return v
-
     def __repr__(self): return f'{type(self).__name__}({"spherical=True" if self.spherical else ""})'
+
+# %% ../nbs/05_paths.ipynb #9ec3c353
+@patch
+def tangent(
+    self: Path,
+    z: Tensor, # positions
+    v: Tensor  # velocities, same shape
+) -> Tensor: # the part of `v` that counts
+    "Everything counts in flat space."
+    return v
+
+@patch
+def step(
+    self: Path,
+    z: Tensor, # positions
+    v: Tensor, # velocities
+    dt: float  # time step
+) -> Tensor: # next positions
+    "A straight step z + dt v."
+    return z + dt*v
+
+# %% ../nbs/05_paths.ipynb #e8065a05
+@patch
+def transport(
+    self: Path,
+    z: Tensor, # where `v` lives
+    w: Tensor, # where it is wanted
+    v: Tensor  # velocities at `z`
+) -> Tensor: # velocities at `w`
+    "A velocity means the same everywhere in flat space."
+    return v
+
+@patch
+def pullback(
+    self: Path,
+    z: Tensor, # where a walk began
+    u: Tensor, # the walk: a velocity times a time
+    v: Tensor  # velocities where it ended
+) -> Tensor: # how `u` must change to follow `v`
+    "A velocity means the same everywhere in flat space."
+    return v
 
 # %% ../nbs/05_paths.ipynb #7306d657
 def _endpoints(z0: Tensor, z1: Tensor, t: Tensor) -> Tensor:
     "Times shaped [B, 1, 1, 1] after checking that shapes agree."
-    if z0.shape != z1.shape or z0.ndim != 4: raise ValueError(f'noise and data must share a shape [B, d, h, w], got {tuple(z0.shape)} and {tuple(z1.shape)}')
+    if z0.shape != z1.shape or z0.ndim != 4:
+        raise ValueError('noise and data must share a shape [B, d, h, w], '
+                         f'got {tuple(z0.shape)} and {tuple(z1.shape)}')
     if t.shape != z0.shape[:1]: raise ValueError(f'times must be [B] = [{len(z0)}], got shape {tuple(t.shape)}')
     return t.view(-1, 1, 1, 1)
 
@@ -124,39 +143,53 @@ class SlerpPath(Path):
         _endpoints(z0, z1, t)
         return sphere.geodesic(z0, z1, t)
 
-    def tangent(self,
-        z: Tensor, # positions
-        v: Tensor  # velocities, same shape
-    ) -> Tensor: # Pi_z(v)
-        "Part of `v` orthogonal to `z` (all of it without `project_velocity`)."
-        return sphere.tangent(z, v) if self.project_velocity else v
-
-    def step(self,
-        z: Tensor, # positions
-        v: Tensor, # velocities, projected to the tangent space first
-        dt: float  # time step
-    ) -> Tensor: # next positions, of the same token lengths
-        "exp_z(dt Pi_z(v)), rescaled to the length of `z` so that rounding does not add up over steps; without `exponential` P(z + dt v)."
-        moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
-        return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
-
-    def transport(self,
-        z: Tensor, # where `v` lives
-        w: Tensor, # where it is wanted
-        v: Tensor  # velocities at `z`
-    ) -> Tensor: # velocities at `w`, of the same lengths
-        "Parallel transport along the arc from `z` to `w`."
-        return sphere.transport(z, w, sphere.tangent(z, v))
-
-    def pullback(self,
-        z: Tensor, # where a walk began
-        u: Tensor, # the walk, tangent at `z`
-        v: Tensor  # velocities at exp_z(u)
-    ) -> Tensor: # how `u` must change to follow `v`
-        "Inverse differential of the exponential map at `u`."
-        return sphere.pullback(z, sphere.tangent(z, u), sphere.tangent(sphere.exp_map(z, sphere.tangent(z, u)), v))
-
     def __repr__(self): return f'SlerpPath(project_velocity={self.project_velocity}, exponential={self.exponential})'
+
+# %% ../nbs/05_paths.ipynb #4d322128
+@patch  # type: ignore[no-redef]
+def tangent(
+    self: SlerpPath,
+    z: Tensor, # positions
+    v: Tensor  # velocities, same shape
+) -> Tensor: # Pi_z(v)
+    "Part of `v` orthogonal to `z` (all of it without `project_velocity`)."
+    return sphere.tangent(z, v) if self.project_velocity else v
+
+@patch  # type: ignore[no-redef]
+def step(
+    self: SlerpPath,
+    z: Tensor, # positions
+    v: Tensor, # velocities, projected to the tangent space first
+    dt: float  # time step
+) -> Tensor: # next positions, of the same token lengths
+    """exp_z(dt Pi_z(v)), or P(z + dt v) without `exponential`.
+
+    Rescaled to the length of `z`, so that rounding does not add up over steps.
+    """
+    moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
+    return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
+
+# %% ../nbs/05_paths.ipynb #72f49bc3
+@patch  # type: ignore[no-redef]
+def transport(
+    self: SlerpPath,
+    z: Tensor, # where `v` lives
+    w: Tensor, # where it is wanted
+    v: Tensor  # velocities at `z`
+) -> Tensor: # velocities at `w`, of the same lengths
+    "Parallel transport along the arc from `z` to `w`."
+    return sphere.transport(z, w, sphere.tangent(z, v))
+
+@patch  # type: ignore[no-redef]
+def pullback(
+    self: SlerpPath,
+    z: Tensor, # where a walk began
+    u: Tensor, # the walk, tangent at `z`
+    v: Tensor  # velocities at exp_z(u)
+) -> Tensor: # how `u` must change to follow `v`
+    "Inverse differential of the exponential map at `u`."
+    u = sphere.tangent(z, u)
+    return sphere.pullback(z, u, sphere.tangent(sphere.exp_map(z, u), v))
 
 # %% ../nbs/05_paths.ipynb #562d6672
 #: The four arms of a matched comparison -> their path.
@@ -170,12 +203,17 @@ ARMS = {
 def arm_path(
     arm: str,                      # a key of `ARMS`
     project_velocity: bool = True, # False: the arc without its tangent projection (`spherical-slerp` only)
-    exponential: bool = True       # False: the arc sampled by straight steps and renormalisation (`spherical-slerp` only)
+    exponential: bool = True       # False: the arc by straight steps and renormalisation (`spherical-slerp` only)
 ) -> Path: # its path
-    "Path of an arm by name. Raises `ValueError` listing the arms for an unknown one, or if a switch of the arc is set for another arm."
+    """Path of an arm by name.
+
+    Raises `ValueError` listing the arms for an unknown one, or if a switch of the arc is set for another arm.
+    """
     if arm not in ARMS: raise ValueError(f'unknown arm {arm!r}: choose one of {", ".join(ARMS)}')
     if project_velocity and exponential: return ARMS[arm]
-    if arm != 'spherical-slerp': raise ValueError(f'tangent projection and exponential map belong to spherical-slerp: {arm} has none to switch off')
+    if arm != 'spherical-slerp':
+        raise ValueError('tangent projection and exponential map belong to spherical-slerp: '
+                         f'{arm} has none to switch off')
     return SlerpPath(project_velocity, exponential)
 
 # %% ../nbs/05_paths.ipynb #21b78a3b

