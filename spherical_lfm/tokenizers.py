@@ -120,6 +120,7 @@ def _flush(path: Path):
         with open(f, 'rb+') as h:
             os.fsync(h.fileno())
 
+# %% ../nbs/02_tokenizers.ipynb #aa29d32f
 def _flush_folder(folder: Path):
     "Bring a renaming to the disk, where the system can."
     if os.name == 'nt': return
@@ -143,6 +144,7 @@ def write_json(
     with atomic_write(path) as f:
         f.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
 
+# %% ../nbs/02_tokenizers.ipynb #bc470f08
 def _not_finite(value: Any, at: str = 'the value') -> str | None:
     "Where a nested value holds a number that is none."
     if isinstance(value, float) and not math.isfinite(value): return at
@@ -200,6 +202,7 @@ def claim(
     if failure: raise failure
     return folder
 
+# %% ../nbs/02_tokenizers.ipynb #9d0fa1e9
 def _make_folder(folder: Path, purpose: str, more: dict):
     "An output folder with its manifest."
     known = {'made_by': 'spherical_lfm', 'purpose': purpose, 'format': 1, 'folder_was_there': folder.exists()}
@@ -265,6 +268,7 @@ def _begin(lock: FileLock, folder: Path) -> OSError | None:
         shutil.rmtree(left, ignore_errors=True)
     return None
 
+# %% ../nbs/02_tokenizers.ipynb #a362c00b
 def _give_back(folder: Path):
     "Undo the claim of a folder into which nothing was written."
     there = {p.name for p in folder.iterdir()}
@@ -354,6 +358,7 @@ class LatentTransform(nn.Module):
         self.register_buffer('mean', _per_channel(mean, 0.), persistent=False)
         self.register_buffer('std', _per_channel(std, 1.), persistent=False)
 
+# %% ../nbs/02_tokenizers.ipynb #8825e7b7
 def _per_channel(values: list[float] | None, default: float) -> Tensor:
     "One number per channel [1, c, 1, 1], or one for all."
     return torch.tensor([default] if values is None else values, dtype=torch.float32).view(1, -1, 1, 1)
@@ -582,6 +587,7 @@ def _activation_bytes(model: nn.Module, height: int, width: int) -> int:
         return 0 # architectures that cannot run without storage: batches are left as they are
     return 2*widest*next(model.parameters()).element_size() # a residual block holds its input beside the layer at work
 
+# %% ../nbs/02_tokenizers.ipynb #931397cc
 def _widest_layer(twin: Any, height: int, width: int) -> int:
     "The most numbers that a layer takes and gives on an image's way through encoder and decoder."
     sizes = [0]
@@ -606,6 +612,7 @@ def enable_slicing(self: Tokenizer) -> Tokenizer: # itself
     "Encode and decode one image of a batch after the other. Raises `ValueError` if the autoencoder cannot."
     return _enable(self, 'slicing')
 
+# %% ../nbs/02_tokenizers.ipynb #d176be2c
 def _enable(tokenizer: Tokenizer, what: str) -> Tokenizer:
     "Switch something on that not every autoencoder has, or has by name only."
     switch = getattr(tokenizer.autoencoder, f'enable_{what}', None)
@@ -633,6 +640,7 @@ def identity(self: Tokenizer) -> str:
     whole = self._stored_identity[1] if self._stored_identity else _digest(self, lambda k: True)
     return whole + ('-spherical' if self.spherical else '')
 
+# %% ../nbs/02_tokenizers.ipynb #83e3ca0d
 def _digest(tokenizer: Tokenizer, keep: Callable[[str], bool]) -> str:
     "Hash of the transform and of those tensors of the autoencoder whose names are kept."
     model = tokenizer.autoencoder
@@ -815,6 +823,7 @@ def _taef2_encoder(w: int, latent_channels: int) -> nn.Sequential:
         down(), *_blocks(w, 3),
         down(), *_blocks(w, 3, pooled=True), nn.Conv2d(w, latent_channels, 3, padding=1))
 
+# %% ../nbs/02_tokenizers.ipynb #e9442db5
 def _taef2_decoder(w: int, latent_channels: int) -> nn.Sequential:
     "Latents to images in [0, 1], at width `w`."
     def up(): return nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, padding=1, bias=False)
@@ -891,6 +900,7 @@ def _diffusers_name(key: str, levels: int) -> str:
             name = ['conv_norm_out', leaf]
     return '.'.join([side, *name]).replace('nin_shortcut', 'conv_shortcut')
 
+# %% ../nbs/02_tokenizers.ipynb #7bfcaef5
 def _name_in_level(way: str, kind: str, tail: list[str]) -> list[str]:
     "The rest of a name behind its resolution: a block, attention, or the change to the next resolution."
     if kind == 'block': return ['resnets', *tail]
@@ -923,6 +933,7 @@ def _harmless() -> list:
     numbers = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
     return [argparse.Namespace, *paths, *numbers, np.dtype, *{type(np.dtype(c)) for c in '?bBhHiIlLqQefd'}]
 
+# %% ../nbs/02_tokenizers.ipynb #bcc2277f
 def _strangers(path: Path) -> list[str]:
     "Types in a checkpoint that are not opened; none if it is no checkpoint at all."
     try:
@@ -953,6 +964,7 @@ def open_tensors(
         raise ValueError(f'{path} holds no named tensors, but a {type(found).__name__}: save a state dict')
     return found
 
+# %% ../nbs/02_tokenizers.ipynb #f818cbf9
 def _read_tensors(path: Path) -> Any:
     "What a file holds, if that is harmless."
     if path.suffix == '.safetensors': return load_file(path)
@@ -1046,6 +1058,7 @@ def _hub_answers() -> bool:
     except OSError:
         return False
 
+# %% ../nbs/02_tokenizers.ipynb #f9f7ba15
 def hub_file(
     repository: str, # 'owner/name'
     name: str        # a file in it
@@ -1075,6 +1088,7 @@ def hub_advice(
             return f'the cache {constants.HF_HOME} cannot be written ({e.strerror}): set HF_HOME to a folder that can'
     return 'connect to the network once'
 
+# %% ../nbs/02_tokenizers.ipynb #72ab3398
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     "An error and those it came of, the latest first."
     while error is not None:
@@ -1099,6 +1113,7 @@ def _files(place: str | Path, format: str) -> list[Path]:
     "The files of a format in a local folder or a hub repository."
     return [_file(str(place), name, format) for name in _FILES[format]]
 
+# %% ../nbs/02_tokenizers.ipynb #c23e3d95
 def _file(place: str, name: str, format: str) -> Path:
     "One of them."
     wanted = ' and '.join(_FILES[format])
@@ -1121,6 +1136,7 @@ def _load_taef2(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     state = {f'{half}.{k}': v for half, f in halves for k, v in open_tensors(f).items()}
     return _fitting(AutoencoderTAEF2(), state, encoder.parent), LatentTransform()
 
+# %% ../nbs/02_tokenizers.ipynb #b8c97749
 def _load_vavae(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     "VA-VAE from its latent-diffusion checkpoint and its statistics."
     weights, stats = _files(place, 'vavae')
@@ -1139,6 +1155,7 @@ def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Mo
     cls = _autoencoder_class(where, _read_config(folder, where, options))
     return _read_model(cls, folder, where, options).float()
 
+# %% ../nbs/02_tokenizers.ipynb #a19e0dae
 def _is_pipeline(folder: Path) -> bool:
     "Whether the autoencoder is a part of what lies in a local folder."
     return (folder/'vae'/'config.json').exists() and not (folder/'config.json').exists()
@@ -1153,6 +1170,7 @@ def _read_config(folder: str | Path, where: str, options: dict) -> dict:
     except OSError as e:
         raise _no_autoencoder(where, folder, e) from e
 
+# %% ../nbs/02_tokenizers.ipynb #d1201232
 def _autoencoder_class(where: str, config: dict) -> Any:
     "The class that a config names."
     name = config.get('_class_name', '')
@@ -1180,6 +1198,7 @@ def _read_model(cls: Any, folder: str | Path, where: str, options: dict) -> Any:
     _check_complete(info, where)
     return model
 
+# %% ../nbs/02_tokenizers.ipynb #961bad00
 def _check_complete(info: dict, where: str):
     "Refuse weights that lack tensors, or hold others than the architecture has."
     kinds = [k for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info[k]]
@@ -1214,6 +1233,7 @@ def _locate(name_or_path: str | Path, spherical: bool | None) -> tuple[str | Pat
     if place == TOKENIZERS['digits']: place = place/('spherical' if spherical else 'vanilla')
     return place, None, _format(place)
 
+# %% ../nbs/02_tokenizers.ipynb #eafe4302
 def _load_model(place: str | Path, subfolder: str | None, format: str) -> tuple[nn.Module, LatentTransform | None]:
     "An autoencoder, and the transform that lies beside it in formats where one does."
     if format == 'taef2': return _load_taef2(place)
@@ -1227,6 +1247,7 @@ def _read_record(place: str | Path) -> dict:
     if not file.exists(): return {}
     return read_json(file, 'record of a tokenizer', 'save the tokenizer again', ('transform',))
 
+# %% ../nbs/02_tokenizers.ipynb #6f04801c
 def _cast(tokenizer: Tokenizer, dtype: torch.dtype):
     "Weights in another precision; identities stay those of the weights as stored."
     if dtype == torch.float32: return
