@@ -385,7 +385,7 @@ SIT = faults(
     ('rows and columns of the positions are exchanged', 'torch.cat([wave(column), wave(row)], 1)',
      'torch.cat([wave(row), wave(column)], 1)',
      'published checkpoints', 'sit::test_positions_are_those_of_diffusers'),
-    ('gates do not start at zero', 'for m in [b.adaLN_modulation[1] for b in self.blocks] + [', 'for m in [',
+    ('gates do not start at zero', 'for b in (*self.blocks, self.final_layer)]', 'for b in (self.final_layer,)]',
      'adaLN-zero', 'sit::test_initialisation'),
 )
 
