@@ -409,9 +409,8 @@ def _whole_weights(net: SiT) -> dict:
     held: dict[str, Any] = get_model_state_dict(net, options=options)
     return {k: v.clone() for k, v in held.items()} # on a CPU they would be the parameters themselves
 
-def _write_models(folder: Path, net: SiT, now: dict, ema: dict):
+def _write_models(folder: Path, twin: SiT, now: dict, ema: dict):
     "Weights and averaged weights as two diffusers models."
-    twin = _twin(net)
     for name, tensors in (('model', now), ('ema', ema)):
         twin.load_state_dict(tensors, assign=True)
         twin.save_pretrained(folder/name)
@@ -424,8 +423,9 @@ def save(self: Trainer) -> Path: # the checkpoint folder
     with swapped_weights(self.weights, self.ema):
         ema = _whole_weights(self.net)
     if self.accelerator.is_main_process:
+        twin = _twin(self.net)
         with atomic_write(folder, folder=True, existing='replace') as tmp:
-            _write_models(tmp, self.net, now, ema)
+            _write_models(tmp, twin, now, ema)
             save_file(state, tmp/'optimizer.safetensors')
             seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
         for old in checkpoints(self.out)[:-self.config.keep] if self.config.keep else ():
