@@ -666,7 +666,7 @@ EXPERIMENTS = faults(
     ('score ignores exponential', "if not exponential: path = arm_path(arm, record['config']",
      "if False: path = arm_path(arm, record['config']",
      'the ablation without exponential map', 'exact_experiments::test_score_samples_what_was_asked_for'),
-    ('score ignores the seed', 'y, preset.extractor, seed, ', 'y, preset.extractor, 0, ',
+    ('score ignores the seed', 'y, preset.extractor, seed,', 'y, preset.extractor, 0,',
      'figures over seeds', 'exact_experiments::test_score_samples_what_was_asked_for'),
     ('score takes the newest checkpoint', 'model, path, record = load_run(run, step, device)',
      'model, path, record = load_run(run, None, device)',
