@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 
 from .concentration import processes
 from .decoder import FinetuneConfig
-from .experiments import (analyze_study, analyze_tokens, check_finetune, compare, decoder_name, environment,
-                                       finetune_study, get_preset, paper_geometry, probe_lines, probe_study, readable,
-                                       starting_tokenizer)
+from .experiments import (analyze_study, analyze_tokens, check_finetune, compare, decoder_name,
+                                       environment, finetune_study, get_preset, paper_geometry, probe_lines,
+                                       probe_study, readable, starting_tokenizer)
 from .fidelity import (all_parts, differences, distance_of, distance_title, extract_features,
                                     feature_function, file_digest, generate, is_npz, load_reference, mixture_of,
                                     one_side, protocol_of, save_npz, save_reference, score_features, side_of,
@@ -65,6 +65,7 @@ _REFUSED = {
     errno.EPERM: 'choose a place that you may use',
 }
 
+# %% ../nbs/12_cli.ipynb #17ac2e2b
 def _is_ours(error: BaseException, package: str) -> bool:
     "Whether a `raise` statement of this package raised an error."
     at = error.__traceback__
@@ -75,7 +76,7 @@ def _is_ours(error: BaseException, package: str) -> bool:
     module = frame.f_globals.get('__name__', '').partition('.')[0]
     return module in ('spherical_lfm', package) and frame.f_code.co_code[at.tb_lasti] == dis.opmap['RAISE_VARARGS']
 
-# %% ../nbs/12_cli.ipynb #329c0b21
+# %% ../nbs/12_cli.ipynb #a49a93b5
 def _sentence(error: Exception, package: str) -> str | None:
     "What to tell the user of an error; None for a bug."
     told = ValueError, OSError, FloatingPointError, torch.OutOfMemoryError
@@ -90,9 +91,9 @@ def _sentence(error: Exception, package: str) -> str | None:
 # %% ../nbs/12_cli.ipynb #52685f01
 #: Options by the range that they share.
 _RANGES = {
-    (1, math.inf): ('size', 'count', 'sensitivity_count', 'held_out_count', 'steps', 'samples', 'batch_size', 'shard_size',
-                    'pack', 'side', 'rounds', 'log_every', 'checkpoint_every', 'accumulate', 'classes', 'window',
-                    'discriminator_width', 'discriminator_layers'),
+    (1, math.inf): ('size', 'count', 'sensitivity_count', 'held_out_count', 'steps', 'samples', 'batch_size',
+                    'shard_size', 'pack', 'side', 'rounds', 'log_every', 'checkpoint_every', 'accumulate', 'classes',
+                    'window', 'discriminator_width', 'discriminator_layers'),
     (2, math.inf): ('bootstrap',),
     (0, math.inf): ('warmup', 'keep', 'discriminator_start', 'max_grad_norm', 'weight_decay', 'perceptual_weight',
                     'adversarial_weight'),
@@ -101,6 +102,7 @@ _RANGES = {
     (-1, 2**31 - 1): ('seed',),
 }
 
+# %% ../nbs/12_cli.ipynb #e78d1dd4
 def _check_numbers(work: Callable, given: dict):
     "Refuse numbers out of range; a default may be, since it has a meaning of its own."
     defaults = {k: p.default for k, p in inspect.signature(work).parameters.items()}
@@ -109,7 +111,7 @@ def _check_numbers(work: Callable, given: dict):
         check_range(least, most, **{k: numbers[k] for k in names if k in numbers})
     check_range(-math.inf, **numbers)
 
-# %% ../nbs/12_cli.ipynb #16b6c5c3
+# %% ../nbs/12_cli.ipynb #48d8d83e
 def _arguments(work: Callable, argv: list[str] | None) -> dict:
     "The arguments of a command, with 'debug'; ends with one sentence on those that cannot be."
     def refuse(message: str): sys.exit(f'{work.__name__}: {message}; see {work.__name__} --help')
@@ -124,7 +126,7 @@ def _arguments(work: Callable, argv: list[str] | None) -> dict:
         refuse(str(e))
     return given
 
-# %% ../nbs/12_cli.ipynb #6712dfae
+# %% ../nbs/12_cli.ipynb #a4a0592d
 @contextmanager
 def _own_warnings(name: str, debug: bool) -> Iterator[None]:
     "Warnings of this package as one line each; those of libraries, about which a user can do nothing, only on demand."
@@ -164,14 +166,15 @@ def command(
             sys.exit(f'{work.__name__}: {sentence}')
     return run
 
-# %% ../nbs/12_cli.ipynb #a9ad217b
+# %% ../nbs/12_cli.ipynb #c2d87979
 def _option(field: inspect.Parameter, unset: bool) -> inspect.Parameter:
-    "A field as an option; what is on by default becomes a switch `no_NAME`, and without `unset` the default is the field's."
+    "A field as an option: what is on by default becomes a switch `no_NAME`; `unset` leaves no other default than None."
     name = f'no_{field.name}' if field.default is True else field.name
     default = None if unset else field.default
     if field.annotation is bool: default = False
     return inspect.Parameter(name, field.KEYWORD_ONLY, default=default, annotation=field.annotation)
 
+# %% ../nbs/12_cli.ipynb #321a1a37
 def _chosen(model: Callable, options: dict) -> dict:
     "The fields that options set; one that is left out (None, or a switch that is off) sets none."
     found = {}
@@ -181,12 +184,12 @@ def _chosen(model: Callable, options: dict) -> dict:
         if value is not None and value is not False: found[name] = value
     return found
 
-# %% ../nbs/12_cli.ipynb #fe42aac8
+# %% ../nbs/12_cli.ipynb #54bd2ca4
 def options_from(
-    *models: Callable,     # dataclasses or functions; parameters that the command names itself are left to it
+    *models: Callable,     # dataclasses or functions: what has a default there, unless the command names it itself
     leave_out: tuple = (), # fields without an option
     unset: bool = False,   # an option that is not given is None, since something else may set the field
-    **helps: str           # help texts in place of the comments, by option
+    helps: dict = None     # option -> help in place of the comment
 ) -> Callable: # a decorator, below `command`
     "Give a function with `**options` the parameters of others, documented by the comments there."
     def decorate(work: Any):
@@ -195,10 +198,10 @@ def options_from(
         for model in models:
             comments = docments(model, returns=False)
             for field in inspect.signature(model).parameters.values():
-                if field.name in taken: continue
-                options.append(_option(field, unset))
-                text = helps.get(options[-1].name) or comments.get(field.name) or ''
-                lines.append(f'{options[-1].name}, # {" ".join(text.split())}\n')
+                if field.name in taken or field.default is field.empty: continue
+                options.append(option := _option(field, unset))
+                text = (helps or {}).get(option.name) or comments.get(field.name) or ''
+                lines.append(f'{option.name}, # {" ".join(text.split())}\n')
         work.__signature__ = inspect.Signature([*own, *options])
         work.__delwrap__ = f'def options(\n{"".join(lines)}): pass'
         return work
@@ -207,12 +210,14 @@ def options_from(
 # %% ../nbs/12_cli.ipynb #ef8e00a5
 def _device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
+# %% ../nbs/12_cli.ipynb #46701e0b
 def _dtype(precision: str) -> torch.dtype:
     "A precision by name."
     known = {'float32': torch.float32, 'bf16': torch.bfloat16}
     if precision not in known: raise ValueError(f'precision must be float32 or bf16, got {precision!r}')
     return known[precision]
 
+# %% ../nbs/12_cli.ipynb #22eb0061
 def _arms(names: str) -> tuple:
     "Arms from 'all' or a comma-separated list."
     chosen = tuple(ARMS) if names == 'all' else tuple(n.strip() for n in names.split(','))
@@ -220,11 +225,12 @@ def _arms(names: str) -> tuple:
         arm_path(n)
     return chosen
 
-# %% ../nbs/12_cli.ipynb #56a8bfe8
+# %% ../nbs/12_cli.ipynb #3b27d3ef
 def _images(
     images: str,            # image source, as the user gives it
     size: int,              # side in pixels
-    split: str = '',        # which split of the images; empty: the usual one, none: folders named like splits are classes
+    # which split of the images; empty: the usual one, none: folders named like splits are classes
+    split: str = '',
     image_column: str = '', # of a table; empty takes the usual one
     label_column: str = ''  # of a table; empty takes the usual one, none takes no classes
 ) -> ImageSource:
@@ -233,7 +239,7 @@ def _images(
     if processes().is_main_process: print(source.describe(), file=sys.stderr)
     return source
 
-# %% ../nbs/12_cli.ipynb #8d4c0df6
+# %% ../nbs/12_cli.ipynb #c7a80383
 def _print_report(report: dict, out: str):
     "The table of a comparison, and where the rest is."
     for arm, r in report['arms'].items():
@@ -274,7 +280,7 @@ def slfm_compare(
     report = compare(chosen, wanted, out, source, seed, not no_curve)
     if report: _print_report(report, out)
 
-# %% ../nbs/12_cli.ipynb #9c99914b
+# %% ../nbs/12_cli.ipynb #03c22e59
 @command
 def slfm_demo(
     arms: str = 'vanilla-linear,spherical-slerp',  # comma-separated arms, or all
@@ -312,9 +318,9 @@ def slfm_encode(
     seed: int = 0,               # of the random order in which images are stored; -1 keeps their own
     **columns                    # where the images are
 ):
-    """Encode images once into latent shards with checksums and the tokenizer's identity; also under `accelerate launch`.
+    """Encode images once into latent shards with checksums and the tokenizer's identity.
 
-    Interrupted, it goes on with the shards that are missing when the line is repeated.
+    Also under `accelerate launch`. Interrupted, it goes on with the shards that are missing when the line is repeated.
     """
     tok = load_tokenizer(tokenizer, spherical=False, device=_device())
     source = _images(images, size, **columns)
@@ -325,15 +331,15 @@ def slfm_encode(
     index = encode_latents(tok, source, out, not no_flip, batch_size, shard_size, order, dtype, precision)
     if processes().is_main_process: _print_index(index, out)
 
-# %% ../nbs/12_cli.ipynb #b1e18c9f
+# %% ../nbs/12_cli.ipynb #102efe61
 def _print_index(index: dict, out: str):
     "How many images became latents, and which did not."
-    skipped = index['source']['skipped']
-    print(f'{index["count"]} images of {index["shape"]} in {len(index["shards"])} shards at {out}, {len(skipped)} skipped')
+    skipped, shards = index['source']['skipped'], len(index['shards'])
+    print(f'{index["count"]} images of {index["shape"]} in {shards} shards at {out}, {len(skipped)} skipped')
     for name in skipped[:10]:
         print(f'  skipped {name}')
 
-# %% ../nbs/12_cli.ipynb #673b1a04
+# %% ../nbs/12_cli.ipynb #e739ba3a
 def _moments(row: dict) -> str:
     "The columns which the paper has as well."
     return f'{row["mean_over_sqrt_d"]:>7.3f} {row["cv"]:>6.3f} {row["excursion_sigma"]:>8.2f} σ'
@@ -348,7 +354,7 @@ def _print_geometry(rows: list):
         print(f'{r["tokenizer"]:>20} {r["d"]:>4} {r["images"]:>7} {raw} {_moments(r)} {shares}')
         if paper := paper_geometry(r['tokenizer']): print(f'{"the paper":>20} {"":>29} {_moments(paper)}')
 
-# %% ../nbs/12_cli.ipynb #2ec813e1
+# %% ../nbs/12_cli.ipynb #3a4d48bf
 @command
 @options_from(_images)
 def slfm_analyze(
@@ -379,7 +385,7 @@ def slfm_analyze(
     skipped = found[name or tok.name]['protocol']['skipped']
     print(f'{skipped} images skipped; table, numbers and figure in {out}')
 
-# %% ../nbs/12_cli.ipynb #631cffaf
+# %% ../nbs/12_cli.ipynb #6c4df170
 @command
 @options_from(_images)
 def slfm_probe(
@@ -399,10 +405,10 @@ def slfm_probe(
     seed: int = 0,                 # of images, partners and directions
     **columns                      # where the images are
 ):
-    """What does this decoder read? Exchange lengths and directions between images, scale and rotate tokens, decode, measure.
+    """What does this decoder read? Exchange lengths and directions, scale and rotate tokens, decode, measure.
 
-    Prints how far the swaps move the decoded image and the tokens, with 95 % intervals, and the sensitivity to lengths and
-    directions at equal displacement; writes numbers, figures and an example strip.
+    Prints how far the swaps between images move the decoded image and the tokens, with 95 % intervals, and the
+    sensitivity to lengths and directions at equal displacement; writes numbers, figures and an example strip.
     """
     source = _images(images, size, **columns)
     if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
@@ -411,7 +417,7 @@ def slfm_probe(
     result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
     _print_probe(result, out)
 
-# %% ../nbs/12_cli.ipynb #95601d29
+# %% ../nbs/12_cli.ipynb #659273e9
 def _print_probe(result: dict, out: str):
     "What a probe found, and on how many images."
     for line in probe_lines(result):
@@ -420,16 +426,16 @@ def _print_probe(result: dict, out: str):
     print(f'{p["anchors"]} anchors, {p["without_partner"]} images without a partner, {p["skipped"]} skipped; '
           f'not available: {", ".join(p["not_available"]) or "nothing"}; details in {out}')
 
-# %% ../nbs/12_cli.ipynb #aceacaad
-def _held_out_images(source: ImageSource, held_out: str, held_out_count: int, split: str, seed: int, columns: dict):
+# %% ../nbs/12_cli.ipynb #2e828a42
+def _held_out_images(source: ImageSource, held_out: str, held_out_count: int, size: int, seed: int, columns: dict):
     "Images for the figures, readable and in random order; refuses those of the source itself."
-    split = split or ('test' if held_out == 'digits' else '')
-    other = _images(held_out, source.size, **columns | {'split': split})
+    other = _images(held_out, size, **columns)
     if other.content == source.content:
         raise ValueError(f'{held_out} holds the very images to finetune on: '
                          'give others with --held_out or --held_out_split')
     return readable(other, held_out_count, other.shuffled(seed))
 
+# %% ../nbs/12_cli.ipynb #8e1fde49
 def _print_finetuning(result: dict, out: str):
     "The table of reconstructions, and on what they are."
     figures = [k for k in next(iter(result['pipelines'].values())) if k != 'count']
@@ -441,11 +447,9 @@ def _print_finetuning(result: dict, out: str):
     print(f'on {protocol["held_out"]} {kind} images; details in {Path(out)/"evaluation.json"}, '
           f'pictures in {Path(out)/"strip.png"}')
 
-# %% ../nbs/12_cli.ipynb #2f981b96
-@command
-@options_from(
-    FinetuneConfig, _images,
-    leave_out=('betas',),
+# %% ../nbs/12_cli.ipynb #ea68bd7b
+#: Help where the comment of a field is not enough for a shell.
+_FINETUNE_HELP = dict(
     lr='learning rate of decoder and critic',
     perceptual='perceptual loss: lpips, efficientnet (no download needed) or none',
     perceptual_weight='of the perceptual loss',
@@ -455,7 +459,12 @@ def _print_finetuning(result: dict, out: str):
     discriminator_layers='strided layers of the critic',
     no_flip='do not mirror images',
     precision='float32 or bf16',
-    seed='of every draw')
+    seed='of every draw',
+)
+
+# %% ../nbs/12_cli.ipynb #6d591080
+@command
+@options_from(FinetuneConfig, _images, leave_out=('betas',), helps=_FINETUNE_HELP)
 def slfm_finetune(
     tokenizer: str,                  # a name or a folder with an autoencoder
     images: str,                     # image source to finetune on
@@ -482,17 +491,17 @@ def slfm_finetune(
     wanted = tuple(a.strip() for a in arms.split(','))
     check_finetune(wanted, extractor)
     source, test = _images(images, size, **columns), None
-    if held_out: test = _held_out_images(source, held_out, held_out_count, held_out_split, config.seed, columns)
-    tok = starting_tokenizer(tokenizer, source, out, 'finetuning', _device(), mode=statistics, pack=pack, seed=config.seed)
+    if held_out:
+        columns['split'] = held_out_split or ('test' if held_out == 'digits' else '')
+        test = _held_out_images(source, held_out, held_out_count, size, config.seed, columns)
+    settings: dict[str, Any] = dict(mode=statistics, pack=pack, seed=config.seed)
+    tok = starting_tokenizer(tokenizer, source, out, 'finetuning', _device(), **settings)
     result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if result: _print_finetuning(result, out)
 
-# %% ../nbs/12_cli.ipynb #1da9adca
-@command
-@options_from(
-    TrainConfig,
-    leave_out=('betas',),
-    unset=True,
+# %% ../nbs/12_cli.ipynb #00bee569
+#: Help where the comment of a field is not enough for a shell.
+_TRAIN_HELP = dict(
     model='SiT-{Ti,S,B,L,XL}/{1,2,4,8}',
     lr='learning rate',
     weight_decay='of AdamW',
@@ -504,8 +513,14 @@ def slfm_finetune(
     coupling='independent, or transport: pair noise and data of a batch by the smallest summed angle',
     precision='float32 or bf16',
     no_tf32='no TF32 in float32 matrix products',
+    accumulate='parts into which a process cuts its share of the batch: less memory',
     parallel='several processes: ddp or fsdp',
-    tensorboard='write OUT/tensorboard as well')
+    tensorboard='write OUT/tensorboard as well',
+)
+
+# %% ../nbs/12_cli.ipynb #c196a6f7
+@command
+@options_from(TrainConfig, leave_out=('betas',), unset=True, helps=_TRAIN_HELP)
 def slfm_train(
     latents: str,                  # folder made by slfm_encode
     out: str,                      # run folder; training continues if it holds a checkpoint
@@ -532,14 +547,16 @@ def slfm_train(
         print(f'{state} at step {result["step"]}, loss {result["final_loss"]}, checkpoint in {out}/checkpoints')
     if trainer.accelerator.num_processes > 1: torch.distributed.destroy_process_group()
 
-# %% ../nbs/12_cli.ipynb #02dbb3c8
+# %% ../nbs/12_cli.ipynb #1f139e83
 def _same_samples(out: str, plan: dict):
     "Refuse a folder with samples of another run or other settings: a score of both together would be of neither."
     claim(out, 'samples', make=False)
     known = read_manifest(out).get('plan', plan)
     differ = [k for k in plan if known.get(k) != plan[k]]
-    if differ: raise FileExistsError(f'{out} holds other samples (they differ in {", ".join(differ)}): choose another folder')
+    if differ:
+        raise FileExistsError(f'{out} holds other samples (they differ in {", ".join(differ)}): choose another folder')
 
+# %% ../nbs/12_cli.ipynb #3534210f
 def _claim_samples(out: str, npz: bool, plan: dict) -> Path:
     "The file of the overview, once it is clear that the samples may be written."
     grid = claim_file(f'{Path(out)}-grid.png') # beside the folder, which stays a clean image source
@@ -547,7 +564,7 @@ def _claim_samples(out: str, npz: bool, plan: dict) -> Path:
     else: _same_samples(out, plan)
     return grid
 
-# %% ../nbs/12_cli.ipynb #91b02165
+# %% ../nbs/12_cli.ipynb #d7f4aff8
 def _write_samples(images: Tensor, labels: Tensor, out: Path):
     "PNG files in one folder per class."
     from torchvision.io import write_png
@@ -562,7 +579,7 @@ def _save_samples(images: Tensor, labels: Tensor, out: str, npz: bool, plan: dic
     if npz: save_npz(pixels.permute(0, 2, 3, 1).numpy(), labels, f'{Path(out)}.npz')
     else: _write_samples(pixels, labels, claim(out, 'samples', plan=plan))
 
-# %% ../nbs/12_cli.ipynb #c22a5cc8
+# %% ../nbs/12_cli.ipynb #2075b776
 @command
 def slfm_sample(
     run: str,                  # run folder of slfm_train or slfm_demo (an arm's folder)
@@ -603,11 +620,12 @@ def slfm_sample(
     save_grid(images[:100], grid)
     print(f'{count} images in {Path(out)}{".npz" if npz else ""}, overview in {grid}')
 
-# %% ../nbs/12_cli.ipynb #b746c9db
+# %% ../nbs/12_cli.ipynb #f171d505
 @dataclass
 class _Drawing:
     "How a run is sampled for its score."
-    # for a run: classes in the mixture of the reference, of the training data, or equal; auto: the first that can be had
+    # for a run: classes in the mixture of the reference, of the training data, or equal;
+    # auto: the first that can be had
     mixture: str = 'auto'
     count: int = 50_000        # for a run: samples
     steps: int = 250           # for a run: solver steps
@@ -624,7 +642,7 @@ class _Drawing:
         "What of it `sample` is told."
         return dict(steps=self.steps, method=self.method, guidance=self.guidance, precision=self.precision)
 
-# %% ../nbs/12_cli.ipynb #4b202abe
+# %% ../nbs/12_cli.ipynb #4857ff26
 def _open_run(run: str, how: _Drawing) -> tuple: # model, path, record, tokenizer
     "A run to draw from; refuses settings that cannot be."
     _dtype(how.precision)
@@ -632,6 +650,7 @@ def _open_run(run: str, how: _Drawing) -> tuple: # model, path, record, tokenize
     sample(model, path, torch.zeros(0, dtype=torch.long), **how.solver()) # none of them
     return model, path, record, tokenizer_for(record, how.tokenizer or None, _device())
 
+# %% ../nbs/12_cli.ipynb #128796a6
 def _draw_run(run: str, opened: tuple, how: _Drawing, reference, extractor: str) -> tuple: # features, what was set
     "Features of samples that are drawn now, and how they were."
     model, path, record, tokenizer = opened
@@ -641,7 +660,7 @@ def _draw_run(run: str, opened: tuple, how: _Drawing, reference, extractor: str)
     setting = {'seed': how.seed, 'checkpoint': record['step'], 'weights': how.weights, 'mixture': mixture}
     return drawn, how.solver() | setting
 
-# %% ../nbs/12_cli.ipynb #0ec7d839
+# %% ../nbs/12_cli.ipynb #d18014d8
 def _common_side(samples: str, run: tuple | None, reference: str, size: int, columns: dict) -> int:
     "The side in pixels at which both sets are scored; a run draws images of its own size."
     sides = {samples: run[0].config.input_size*run[3].downsample if run else side_of(samples, size)}
@@ -652,7 +671,7 @@ def _opened(where: str, side: int):
     "What `source_batches` takes: an image source, or the path of an .npz."
     return where if is_npz(where) else _images(where, side)
 
-# %% ../nbs/12_cli.ipynb #800299fc
+# %% ../nbs/12_cli.ipynb #8129ff9c
 def _features(images, where: str, extractor: str) -> dict:
     "Features of an image source or an .npz, batch by batch."
     bar = tqdm(source_batches(images), desc=f'features of {Path(where).name}', unit='batch')
@@ -663,7 +682,7 @@ def _reference(images: ImageSource | None, reference: str, extractor: str) -> di
     if images is None: return load_reference(reference, extractor) | {'content': file_digest(reference)}
     return _features(images, reference, extractor) | {'content': images.content}
 
-# %% ../nbs/12_cli.ipynb #42109a34
+# %% ../nbs/12_cli.ipynb #3e951124
 def _scored(drawn: dict, real: dict, reference: str, extractor: str, bootstrap: int, known: dict, resized: str) -> dict:
     "Figures of one set of features against another, with the protocol, to which `known` adds."
     figures = score_features(drawn, real, bootstrap=bootstrap, extractor=extractor)
@@ -671,18 +690,28 @@ def _scored(drawn: dict, real: dict, reference: str, extractor: str, bootstrap: 
     protocol['resize'] = f'{resized}; then {protocol["resize"]}'
     return figures | {'protocol': protocol}
 
+# %% ../nbs/12_cli.ipynb #3b3a1e09
+def _earlier(file: str) -> dict:
+    "The result of an earlier call."
+    return read_json(file, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',))
+
+# %% ../nbs/12_cli.ipynb #39f0d0ef
 def _warn_of_differences(figures: dict, earlier: dict, against: str):
     "Say on stderr why two results cannot be compared, if they cannot."
     apart = differences(figures['protocol'], earlier['protocol'])
     if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)
 
-# %% ../nbs/12_cli.ipynb #88e99f1b
-@command
-@options_from(
-    _images, _Drawing,
+# %% ../nbs/12_cli.ipynb #3c874f86
+#: Help where an option is about the reference, while there are two sets of images.
+_REFERENCE_HELP = dict(
     split='which split of the reference; empty: the usual one, none: folders named like splits are classes',
     image_column='of a reference that is a table; empty takes the usual one',
-    label_column='of a reference that is a table; empty takes the usual one, none takes no classes')
+    label_column='of a reference that is a table; empty takes the usual one, none takes no classes',
+)
+
+# %% ../nbs/12_cli.ipynb #afd7d09b
+@command
+@options_from(_images, _Drawing, helps=_REFERENCE_HELP)
 def slfm_evaluate(
     # image source of the samples, an .npz with arr_0, or a run folder of slfm_train to sample from
     samples: str,
@@ -705,7 +734,7 @@ def slfm_evaluate(
     all_parts(extractor) # refuses one that is not known
     for file in filter(None, (out, save_reference_to)):
         claim_file(file)
-    earlier = read_json(against, 'result of slfm_evaluate', 'give a file written by --out', ('protocol',)) if against else {}
+    earlier = _earlier(against) if against else {}
     how, columns = _Drawing(**_chosen(_Drawing, options)), _chosen(_images, options)
     run = _open_run(samples, how) if (Path(samples)/'checkpoints').is_dir() else None
     side = _common_side(samples, run, reference, size, columns)
@@ -740,7 +769,7 @@ def time_all(
     found = [{name: clock(work) for name, work in works.items()} for _ in range(rounds)]
     return {name: [f[name] for f in found] for name in works}
 
-# %% ../nbs/12_cli.ipynb #832fcc73
+# %% ../nbs/12_cli.ipynb #6abf4612
 def ratio_of(
     times: dict,      # from `time_all`
     numerator: str,   # what is judged
@@ -749,6 +778,7 @@ def ratio_of(
     "Median of the ratios within rounds."
     return statistics.median(a/b for a, b in zip(times[numerator], times[denominator]))
 
+# %% ../nbs/12_cli.ipynb #7715ecb1
 def time_ratio(
     numerator: Callable,   # what is judged
     denominator: Callable, # against what
@@ -760,7 +790,7 @@ def time_ratio(
     medians = {f'{k}_ms': statistics.median(v)*1e3 for k, v in times.items()}
     return {'ratio': ratio_of(times, 'numerator', 'denominator')} | medians
 
-# %% ../nbs/12_cli.ipynb #26fc7b20
+# %% ../nbs/12_cli.ipynb #1a0f817d
 def bench_paths(
     rounds: int = 30 # alternating runs
 ) -> dict: # a `time_ratio`
@@ -772,7 +802,7 @@ def bench_paths(
     what = 'compiled interpolate, slerp over linear, [256, 32, 16, 16] float32'
     return {'what': what} | time_ratio(arc, chord, rounds)
 
-# %% ../nbs/12_cli.ipynb #7beb3c3f
+# %% ../nbs/12_cli.ipynb #ecafd083
 def _random_batch(batch_size: int, side: int) -> tuple[Tensor, ...]:
     "Noise and data on the sphere, times and classes: the same in every call."
     g = torch.Generator().manual_seed(0)
@@ -780,7 +810,7 @@ def _random_batch(batch_size: int, side: int) -> tuple[Tensor, ...]:
     t, y = torch.rand(batch_size, generator=g), torch.randint(10, (batch_size,), generator=g)
     return tuple(x.to(_device()) for x in (z0, z1, t, y))
 
-# %% ../nbs/12_cli.ipynb #96315fe8
+# %% ../nbs/12_cli.ipynb #5b8fb81f
 def _once_a_sample(layer: nn.Linear, net: SiT) -> bool:
     "Whether a linear layer sees one row a sample, not one a token: those of time and class, and the modulations."
     modulation = layer.out_features in (6*layer.in_features, 2*net.config.hidden_size)
@@ -805,7 +835,8 @@ def matmul_floor(
     "The linear layers and the attention of a SiT, forward and backward, as bare products."
     device, dtype, shapes = next(net.parameters()).device, DTYPES[precision], _product_shapes(net, batch)
     def draw(*size): return torch.randn(*size, device=device, dtype=dtype)
-    kept = {(b, n, k, m): (draw(b, n, k), draw(b, k, m), draw(b, n, m)) for b, n, k, m in set(shapes)} # x, w, gradient
+    # x, w and the gradient of the output
+    kept = {(b, n, k, m): (draw(b, n, k), draw(b, k, m), draw(b, n, m)) for b, n, k, m in set(shapes)}
     def work():
         for s in shapes:
             x, w, g = kept[s]
@@ -813,8 +844,8 @@ def matmul_floor(
                 torch.bmm(left, right) if s[0] > 1 else left[0] @ right[0]
     return work, float(sum(6*b*n*k*m for b, n, k, m in shapes))
 
-# %% ../nbs/12_cli.ipynb #40d0acfc
-def _training_step(model: str, path, batch: tuple, precision: str, compiled: bool) -> tuple: # net, step, its last part
+# %% ../nbs/12_cli.ipynb #3fd76543
+def _training_step(model: str, path, batch: tuple, precision: str, compiled: bool) -> tuple: # net, step, its end
     "A whole optimisation step on one batch, and its optimiser and average alone."
     z0, z1, t, y = batch
     net = SiT.from_name(model, input_size=z0.shape[-1], in_channels=32, num_classes=10).to(_device())
@@ -835,7 +866,7 @@ def _training_step(model: str, path, batch: tuple, precision: str, compiled: boo
         finish()
     return net, step, finish
 
-# %% ../nbs/12_cli.ipynb #439331b1
+# %% ../nbs/12_cli.ipynb #bdd30f3a
 def _step_rates(times: dict, batch_size: int, flops: float, floor_flops: float, peak: float) -> dict:
     "Speed of a step: absolute, and as a share of two peaks; `flops` are those of its model, `peak` a large product's."
     middle = {k: statistics.median(v) for k, v in times.items()}
@@ -853,7 +884,7 @@ def _step_rates(times: dict, batch_size: int, flops: float, floor_flops: float, 
         'compiled_over_eager': round(ratio_of(times, 'slerp', 'eager'), 4) if 'eager' in times else None,
     }
 
-# %% ../nbs/12_cli.ipynb #f2a0bce9
+# %% ../nbs/12_cli.ipynb #683dd381
 def bench_train(
     model: str = 'SiT-S/2',      # a name of `SiT.from_name`
     batch_size: int = 32,        # samples per step
@@ -864,8 +895,8 @@ def bench_train(
 ) -> dict: # JSON-ready
     """Whole optimisation steps of slerp and linear, compiled, and of slerp without, against bare matrix products.
 
-    A step is draws from memory, loss, backward pass, AdamW and average; the products are those of the same shapes, and a
-    large square one. 'optimiser' is AdamW and the average alone.
+    A step is draws from memory, loss, backward pass, AdamW and average; the products are those of the same shapes, and
+    a large square one. 'optimiser' is AdamW and the average alone.
     """
     cuda, batch = torch.cuda.is_available(), _random_batch(batch_size, side)
     net, slerp, finish = _training_step(model, SlerpPath(), batch, precision, True)
@@ -903,16 +934,18 @@ def bench_sample(
                 net(z, t, y)
     works: dict[str, Callable] = {name: functools.partial(solve, method=name) for name in METHODS}
     times = time_all(works | {'network': bare}, rounds)
-    what = f'share of time outside the network, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}, {steps} steps'
+    what = (f'share of time outside the network, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}, '
+            f'{steps} steps')
     return {'what': what, 'overhead': {name: _overhead(times, name, steps) for name in METHODS},
             'network_ms': round(1e3*statistics.median(times['network'])/steps, 3)}
 
+# %% ../nbs/12_cli.ipynb #42570fd7
 def _overhead(times: dict, method: str, steps: int) -> float:
     "What a solver takes above its evaluations of the network; a multistep method begins with one more."
     evaluations = steps*METHODS[method].evaluations + method.startswith('adams')
     return round(statistics.median((s/evaluations)/(f/steps) for s, f in zip(times[method], times['network'])) - 1, 4)
 
-# %% ../nbs/12_cli.ipynb #a5f92836
+# %% ../nbs/12_cli.ipynb #91ad8078
 def _random_latents(folder: Path, count: int, side: int):
     "Latents in four shards, as `encode_latents` leaves them."
     g, shards, n = torch.Generator().manual_seed(0), [], count//4
@@ -925,6 +958,7 @@ def _random_latents(folder: Path, count: int, side: int):
     write_json(folder/'index.json', {'count': 4*n, 'shape': [32, side, side], 'flip': False, 'tokenizer': tokenizer,
                                      'source': {}, 'shards': shards})
 
+# %% ../nbs/12_cli.ipynb #d2ebe5af
 def _data_wait(config: TrainConfig, latents: LatentDataset, out: Path) -> float:
     "The share of a few training steps that is spent waiting for latents, after one that warms up."
     trainer = Trainer(config, latents, out)
@@ -934,7 +968,7 @@ def _data_wait(config: TrainConfig, latents: LatentDataset, out: Path) -> float:
     trainer.fit(until=config.steps - 1, progress=False)
     return trainer.log()[-1]['data_wait']
 
-# %% ../nbs/12_cli.ipynb #6eea0884
+# %% ../nbs/12_cli.ipynb #287bb48f
 def bench_loader(
     model: str = 'SiT-S/2',     # a name of `SiT.from_name`
     batch_size: int = 256,      # samples per step
@@ -957,7 +991,7 @@ def bench_loader(
             f'{model}, batch {batch_size} of 32 x {side} x {side}, {precision}')
     return {'what': what, 'data_wait': result}
 
-# %% ../nbs/12_cli.ipynb #b2709071
+# %% ../nbs/12_cli.ipynb #60a7ae5d
 @torch.no_grad()
 def bench_fidelity(
     extractor: str = 'digits',   # a key of `EXTRACTORS`
@@ -980,7 +1014,7 @@ def bench_fidelity(
     what = f'generate over its parts, {count} samples of {size} px, {extractor} features'
     return {'what': what} | time_ratio(whole, bare, rounds, 1)
 
-# %% ../nbs/12_cli.ipynb #863aa820
+# %% ../nbs/12_cli.ipynb #f1aaa2ac
 def _peak_memory() -> int:
     "Peak resident memory of this process in MiB."
     status = Path('/proc/self/status')
@@ -989,6 +1023,7 @@ def _peak_memory() -> int:
     import resource # starts from the parent's peak on Linux, hence the line above; not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//(2**20 if sys.platform == 'darwin' else 2**10)
 
+# %% ../nbs/12_cli.ipynb #bc59b330
 def _analyse_and_report(tokenizer: str, images: str, size: int, batch_size: int, count: int):
     "Analyse so many images, and print the peak memory."
     source, tok = ImageSource(images, size), load_tokenizer(tokenizer, spherical=False, device=_device())
@@ -996,6 +1031,7 @@ def _analyse_and_report(tokenizer: str, images: str, size: int, batch_size: int,
     analyze_tokens(tok, source, count, order=order, hold=512, batch_size=batch_size, progress=False)
     print(_peak_memory())
 
+# %% ../nbs/12_cli.ipynb #602a4cff
 def _peak_of_analysis(tokenizer: str, images: str, size: int, batch_size: int, count: int) -> int:
     "Peak resident memory in MiB of a fresh process that analyses so many images."
     program = ('import sys; from spherical_lfm.cli import _analyse_and_report as f; '
@@ -1003,7 +1039,7 @@ def _peak_of_analysis(tokenizer: str, images: str, size: int, batch_size: int, c
     call = [sys.executable, '-c', program, tokenizer, images, str(size), str(batch_size), str(count)]
     return int(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
 
-# %% ../nbs/12_cli.ipynb #37479146
+# %% ../nbs/12_cli.ipynb #bdb26c82
 @torch.no_grad()
 def bench_tokenizer(
     tokenizer: str,       # a name or a folder with an autoencoder
@@ -1028,7 +1064,7 @@ def bench_tokenizer(
     what = f'streaming over the bare encoder loop, {tok.name}, {count} images of {size} px in batches of {batch_size}'
     return {'what': what} | result | {'peak_memory': memory}
 
-# %% ../nbs/12_cli.ipynb #7b5ecf60
+# %% ../nbs/12_cli.ipynb #e13fca30
 def _streaming(tok, source: ImageSource, batches: list, order: Tensor, batch_size: int, rounds: int) -> dict:
     "Analysing and encoding, each over the bare encoder."
     def bare():
@@ -1039,9 +1075,10 @@ def _streaming(tok, source: ImageSource, batches: list, order: Tensor, batch_siz
     with tempfile.TemporaryDirectory() as tmp:
         def encode():
             encode_latents(tok, source, f'{tmp}/latents', False, batch_size, progress=False, order=order)
-        return {'analyze': time_ratio(analyze, bare, rounds, warmup=1), 'encode': time_ratio(encode, bare, rounds, warmup=1)}
+        works = {'analyze': analyze, 'encode': encode}
+        return {name: time_ratio(work, bare, rounds, warmup=1) for name, work in works.items()}
 
-# %% ../nbs/12_cli.ipynb #c9e9178a
+# %% ../nbs/12_cli.ipynb #090e02c1
 #: Options that a benchmark of a model takes.
 _OF_A_MODEL = 'model', 'batch_size', 'side', 'precision'
 #: Benchmarks, and the options that each of them takes.
@@ -1054,19 +1091,21 @@ _BENCHMARKS: dict[str, tuple[Callable, tuple]] = {
     'fidelity': (bench_fidelity, ('extractor', 'tokenizer', 'size', 'count', 'rounds')),
 }
 
+# %% ../nbs/12_cli.ipynb #2e116704
 def _flat(tree: dict, stem: str = ''):
     "The leaves of nested dicts, with their names joined."
     for k, v in tree.items():
         if isinstance(v, dict): yield from _flat(v, f'{stem}{k}.')
         else: yield f'{stem}{k}', v
 
+# %% ../nbs/12_cli.ipynb #841d5244
 def _print_benchmark(result: dict):
     "What was measured where, and every number on a line."
     print(result['what'], 'on', result['environment']['device'])
     for name, value in _flat({k: v for k, v in result.items() if k not in ('what', 'environment')}):
         print(f'{name:>32} {value}')
 
-# %% ../nbs/12_cli.ipynb #9b9b134e
+# %% ../nbs/12_cli.ipynb #d49a9dbe
 @command
 def slfm_bench(
     # train, sample, loader, fidelity, paths (slerp's interpolate against linear's) or tokenizer (streaming against the
