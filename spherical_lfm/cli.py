@@ -1051,8 +1051,8 @@ def bench_tokenizer(
 ) -> dict: # 'analyze', 'encode': each a `time_ratio` against the bare encoder; 'peak_memory'
     """What surrounds the encoder, as a ratio to the bare encoder loop over the same images in memory.
 
-    It is decoding of image files, transforms, statistics and writing; and the peak memory of 1,000 and 10,000 images.
-    Raises `ValueError` if no image can be read.
+    Around it stand decoding of image files, transforms, statistics and writing. The peak memory of 1,000 and of 10,000
+    images is measured as well. Raises `ValueError` if no image can be read.
     """
     tok, source = load_tokenizer(tokenizer, spherical=False, device=_device()), ImageSource(images, size)
     order = torch.arange(count) % len(source)
