@@ -7,11 +7,10 @@ __all__ = ['PRESETS', 'TIMES', 'PAPER_NAMES', 'Preset', 'get_preset', 'environme
            'reference_features', 'score', 'run_arm', 'prepare_latents', 'compare', 'comparison_table', 'steps_to_reach',
            'plot_distance_curves', 'report_html', 'seeds_study', 'solver_study', 'evolution', 'plot_evolution',
            'evolution_study', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'probe_study', 'probe_lines',
-           'finetune_study', 'readable', 'check_finetune', 'starting_tokenizer']
+           'starting_tokenizer', 'check_finetune', 'readable', 'finetune_study']
 
 # %% ../nbs/11_experiments.ipynb #d384f029
 import base64
-import html
 import importlib.metadata
 import io
 import json
@@ -23,28 +22,36 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concentration import RunningMoments, TokenStatistics, geometry_row, merge_over_processes, norm_stats, path_norms, path_style, plot_geometry, plot_norms, plot_path_norms, plot_radial_share, processes, told_by_main
+from .concentration import (RunningMoments, TokenStatistics, geometry_row, merge_over_processes,
+                                         norm_stats, path_norms, path_style, plot_geometry, plot_norms,
+                                         plot_path_norms, plot_radial_share, processes, told_by_main)
 from .decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
-from .fidelity import EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate, extract_features, feature_function, generate, protocol_of, remove_features, score_features
-from .latents import ImageSource, LatentDataset, apart_from, digest_of, encode_latents, with_statistics, wants_statistics
+from .fidelity import (EXTRACTORS, all_parts, distance_key, distance_of, distance_title, evaluate,
+                                    extract_features, feature_function, generate, protocol_of, remove_features,
+                                    score_features)
+from .latents import (ImageSource, LatentDataset, apart_from, digest_of, encode_latents, wants_statistics,
+                                   with_statistics)
 from .paths import ARMS, arm_path
-from .probes import (efficientnet_distance, equal_displacement, find_partners, get_distances, plot_response,
-                                  plot_sensitivity, plot_swaps, probe_swaps, radius_response, sensitivity,
-                                  summarise_swaps, swap_displacement, swap_strip)
+from .probes import (efficientnet_distance, equal_displacement, find_partners, get_distances,
+                                  plot_response, plot_sensitivity, plot_swaps, probe_swaps, radius_response,
+                                  sensitivity, summarise_swaps, swap_displacement, swap_strip)
 from .sampling import METHODS, initial_noise, load_run, sample
 from .sit import SiT
 from .sphere import check_range, project
-from .tokenizers import (DATA, Tokenizer, atomic_write, channel_rows, claim, claim_file, digits_images, load_tokenizer, read_json, save_figure, save_grid,
-                                      show_images, standardise, write_json)
+from .tokenizers import (DATA, Tokenizer, atomic_write, channel_rows, claim, claim_file, digits_images,
+                                      load_tokenizer, read_json, save_figure, save_grid, show_images, standardise,
+                                      write_json)
 from .training import TrainConfig, Trainer, checkpoints
 
 # %% ../nbs/11_experiments.ipynb #85b8367a
@@ -67,25 +74,50 @@ class Preset:
     reported: tuple = ()          # fields that the paper reports; all others are our choice
     note: str = ''                # what it reproduces
 
-    def __post_init__(self): self.guidances, self.interval, self.reported = tuple(self.guidances), tuple(self.interval), tuple(self.reported)
+    def __post_init__(self):
+        "Tuples, also where JSON has made lists of them."
+        self.guidances = tuple(self.guidances)
+        self.interval = tuple(self.interval)
+        self.reported = tuple(self.reported)
 
+# %% ../nbs/11_experiments.ipynb #aa85ed68
+_DIGITS = Preset(
+    'digits', 16, control='digits-control', extractor='digits', sample_steps=50, samples=1438, curve_samples=320,
+    train=dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False,
+               log_every=50, checkpoint_every=400),
+    note="scikit-learn's digits, 1,438 training images")
+
+# %% ../nbs/11_experiments.ipynb #0c835cfc
+_CIFAR: dict[str, Any] = dict(tokenizer='taef2', image_size=64, extractor='efficientnet', precision='bf16',
+                              sample_steps=50, guidances=(1., 1.5))
+
+# %% ../nbs/11_experiments.ipynb #e3710a80
+_CIFAR_GPU = Preset(
+    **_CIFAR, note='CIFAR-10 at 64 px through TAEF2, 64 tokens, for one GPU',
+    train=dict(model='SiT-S/1', steps=50_000, batch_size=256, lr=2e-4, warmup=1000, ema_decay=.9995,
+               precision='bf16', compile=True, checkpoint_every=10_000))
+
+_CIFAR_SMALL = Preset(
+    **_CIFAR, samples=1000, curve_samples=1000, reference_count=5000,
+    train=dict(model='SiT-Ti/2', steps=2400, batch_size=64, lr=1e-3, warmup=200, ema_decay=.995, flip=False,
+               checkpoint_every=800, log_every=50),
+    note='CIFAR-10 at 64 px through TAEF2, 16 tokens of 2 x 2 positions: a size for two CPU cores')
+
+# %% ../nbs/11_experiments.ipynb #18f9ab12
 _REPORTED = ('tokenizer', 'image_size', 'train.model', 'train.steps', 'guidances', 'samples', 'extractor', 'method')
 
 def _paper(tokenizer: str, model: str, guidances: tuple) -> Preset:
     "A row of the paper's table of FID-50K."
-    return Preset(tokenizer, 256, dict(model=model, steps=400_365, precision='bf16', compile=True), guidances=guidances, precision='bf16', reported=_REPORTED,
+    train = dict(model=model, steps=400_365, precision='bf16', compile=True)
+    return Preset(tokenizer, 256, train, guidances=guidances, precision='bf16', reported=_REPORTED,
                   note=f'arXiv 2605.15193: {tokenizer}, {model}, 80 epochs of ImageNet at 256 px')
 
-_CIFAR: dict[str, Any] = dict(tokenizer='taef2', image_size=64, extractor='efficientnet', precision='bf16', sample_steps=50, guidances=(1., 1.5))
-
+# %% ../nbs/11_experiments.ipynb #c0fb740b
 #: Experiments by name.
 PRESETS = {
-    'digits': Preset('digits', 16, dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False, log_every=50, checkpoint_every=400),
-                     control='digits-control', sample_steps=50, samples=1438, curve_samples=320, extractor='digits', note="scikit-learn's digits, 1,438 training images"),
-    'cifar10-taef2': Preset(**_CIFAR, train=dict(model='SiT-S/1', steps=50_000, batch_size=256, lr=2e-4, warmup=1000, ema_decay=.9995, precision='bf16', compile=True, checkpoint_every=10_000),
-                            note='CIFAR-10 at 64 px through TAEF2, 64 tokens, for one GPU'),
-    'cifar10-taef2-small': Preset(**_CIFAR, train=dict(model='SiT-Ti/2', steps=2400, batch_size=64, lr=1e-3, warmup=200, ema_decay=.995, flip=False, checkpoint_every=800, log_every=50),
-                                  samples=1000, curve_samples=1000, reference_count=5000, note='CIFAR-10 at 64 px through TAEF2, 16 tokens of 2 x 2 positions: a size for two CPU cores'),
+    'digits': _DIGITS,
+    'cifar10-taef2': _CIFAR_GPU,
+    'cifar10-taef2-small': _CIFAR_SMALL,
     'flux2-b2': _paper('flux2', 'SiT-B/2', (1., 1.5)),
     'flux2-xl2': _paper('flux2', 'SiT-XL/2', (1., 1.5)),
     'vavae-b1': _paper('vavae', 'SiT-B/1', (1., 1.5, 2.)),
@@ -93,6 +125,7 @@ PRESETS = {
     'repae-flux1-b2': _paper('repae-flux1', 'SiT-B/2', (1., 1.5, 2.)),
 }
 
+# %% ../nbs/11_experiments.ipynb #3a1709d4
 def get_preset(
     name: str # a key of `PRESETS`
 ) -> Preset:
@@ -106,26 +139,59 @@ def environment(
 ) -> dict: # JSON-ready
     "Versions, device, commit and command."
     packages = ('torch', 'torchvision', 'diffusers', 'timm', 'accelerate', 'torch-fidelity', 'numpy', 'scipy')
-    commit = _commit(Path(DATA).parent)
+    versions = {p: importlib.metadata.version(p) for p in packages}
     cuda = torch.cuda.is_available()
-    return {'versions': {'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}, 'seeds': seeds or [],
-            'device': torch.cuda.get_device_name() if cuda else f'cpu ({torch.get_num_threads()} threads)', 'commit': commit,
-            'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    return {
+        'versions': {'python': platform.python_version(), **versions},
+        'seeds': seeds or [],
+        'device': torch.cuda.get_device_name() if cuda else f'cpu ({torch.get_num_threads()} threads)',
+        'commit': _commit(Path(DATA).parent),
+        'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
+# %% ../nbs/11_experiments.ipynb #ab790fb7
 def _commit(root: Path) -> str | None:
-    "The commit of a checkout, '-dirty' if anything but stored results differs from it; None for an installed package, whatever repository lies around it."
+    """The commit of a checkout, '-dirty' if anything but stored results differs from it.
+
+    None for an installed package, whatever repository lies around it.
+    """
     if not (root/'.git').exists(): return None
-    def git(*words): return subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=10)
+    def git(*words):
+        command = ['git', '-C', str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
     try:
         commit = git('rev-parse', '--short=12', 'HEAD').stdout.strip()
         changed = git('diff', '--quiet', 'HEAD', '--', '.', ':(exclude)data/results').returncode
-    except (OSError, subprocess.TimeoutExpired): return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return commit + '-dirty'*bool(changed) if commit else None
 
 # %% ../nbs/11_experiments.ipynb #fd313cfb
 #: Times at which `geometry` follows the paths.
 TIMES = torch.linspace(0, 1, 33)
 
+def _path_curves(z1: Tensor, noise: Tensor) -> dict:
+    "Norms and radial shares along the path of each arm; spherical paths run between projected ends."
+    curves = {}
+    for name, path in ARMS.items():
+        ends = (project(noise), project(z1)) if path.spherical else (noise, z1)
+        curves[name] = path_norms(path.interpolate, *ends, TIMES)
+    return curves
+
+# %% ../nbs/11_experiments.ipynb #ecac53f0
+def _geometry_report(z1: Tensor, curves: dict, swaps: dict) -> dict:
+    "The figures of `geometry` that go into a report."
+    def share(arm):
+        return [curves[arm]['radial_share'][i].item() for i in (0, len(TIMES)//2, -1)]
+    stats = norm_stats(z1)
+    return {
+        'mean_over_sqrt_d': stats['mean_over_sqrt_d'],
+        'cv': stats['cv'],
+        'radial_share': {'linear': share('vanilla-linear'), 'slerp': share('spherical-slerp')},
+        'swap': {k: swaps[k]['pixel'].mean().item() for k in ('radius', 'direction', 'full')},
+    }
+
+# %% ../nbs/11_experiments.ipynb #419da017
 @torch.no_grad()
 def geometry(
     tokenizer: Tokenizer, # vanilla flow coordinates
@@ -136,16 +202,12 @@ def geometry(
     "Norm statistics, path norms and radial shares of the four arms, component swaps."
     where = next(tokenizer.parameters()).device
     z1 = torch.cat([tokenizer.encode(x.to(where)) for x in images.split(256)]).cpu()
-    g = torch.Generator().manual_seed(seed)
-    noise = torch.randn(z1.shape, generator=g)
-    curves = {name: path_norms(p.interpolate, project(noise) if p.spherical else noise, project(z1) if p.spherical else z1, TIMES) for name, p in ARMS.items()}
-    anchors, partner = find_partners(labels, torch.Generator().manual_seed(seed))
-    swaps = probe_swaps(tokenizer, z1, anchors, partner)
-    share = lambda arm: [curves[arm]['radial_share'][i].item() for i in (0, len(TIMES)//2, -1)]
-    stats = norm_stats(z1)
-    report = {'mean_over_sqrt_d': stats['mean_over_sqrt_d'], 'cv': stats['cv'], 'radial_share': {'linear': share('vanilla-linear'), 'slerp': share('spherical-slerp')},
-              'swap': {k: swaps[k]['pixel'].mean().item() for k in ('radius', 'direction', 'full')}}
-    return {'report': report, 'latents': z1, 'noise': noise, 'curves': curves, 'swaps': swaps, 'pairs': (anchors, partner)}
+    noise = torch.randn(z1.shape, generator=torch.Generator().manual_seed(seed))
+    curves = _path_curves(z1, noise)
+    pairs = find_partners(labels, torch.Generator().manual_seed(seed))
+    swaps = probe_swaps(tokenizer, z1, *pairs)
+    report = _geometry_report(z1, curves, swaps)
+    return {'report': report, 'latents': z1, 'noise': noise, 'curves': curves, 'swaps': swaps, 'pairs': pairs}
 
 # %% ../nbs/11_experiments.ipynb #39001a44
 def decoder_name(
@@ -155,6 +217,7 @@ def decoder_name(
     "Which tokenizer decodes an arm: the spherical one, or the equally finetuned vanilla control if there is one."
     return preset.tokenizer if arm_path(arm).spherical else preset.control or preset.tokenizer
 
+# %% ../nbs/11_experiments.ipynb #94f3ba1c
 def reference_features(
     preset: Preset,          # extractor, size and count
     source: ImageSource,     # real images
@@ -162,19 +225,87 @@ def reference_features(
     progress: bool = True    # show a progress bar
 ) -> dict: # parts of the extractor -> [N, f]; 'name' for people, 'content' for comparisons
     "Features of real images, a random choice if fewer than all are wanted; computed once for the very same images."
-    file, plan = folder/'reference.safetensors', {'source': source.fingerprint, 'extractor': preset.extractor, 'count': preset.reference_count}
-    kept = read_json(folder/'reference.json', 'record of reference features', 'remove it') if (folder/'reference.json').exists() else None
+    file = folder/'reference.safetensors'
+    record = folder/'reference.json'
+    plan = {'source': source.fingerprint, 'extractor': preset.extractor, 'count': preset.reference_count}
+    kept = read_json(record, 'record of reference features', 'remove it') if record.exists() else None
     if kept != plan and processes().is_main_process:
-        order = source.shuffled(0) if preset.reference_count else None
-        batches = tqdm((x for x, _ in source.batches(64, order, preset.reference_count)), desc='features of real images', unit='batch', disable=not progress)
-        found = extract_features(batches, preset.extractor, parts=all_parts(preset.extractor))
-        with atomic_write(file) as f: save_file(found, f)
-        write_json(folder/'reference.json', plan)
+        found = _extract_reference(preset, source, progress)
+        with atomic_write(file) as f:
+            save_file(found, f)
+        write_json(record, plan)
     processes().wait_for_everyone()
-    return load_file(file) | {'name': f'{Path(source.source).name} {source.split}'.strip(), 'content': digest_of(source.content, preset.reference_count)}
+    name = f'{Path(source.source).name} {source.split}'.strip()
+    return load_file(file) | {'name': name, 'content': digest_of(source.content, preset.reference_count)}
 
-def _autocast(precision: str): return torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16, enabled=precision == 'bf16')
+# %% ../nbs/11_experiments.ipynb #e0b029ba
+def _extract_reference(preset: Preset, source: ImageSource, progress: bool) -> dict:
+    "Features of the real images of a preset."
+    order = source.shuffled(0) if preset.reference_count else None
+    images = (x for x, _ in source.batches(64, order, preset.reference_count))
+    bar = tqdm(images, desc='features of real images', unit='batch', disable=not progress)
+    return extract_features(bar, preset.extractor, parts=all_parts(preset.extractor))
 
+# %% ../nbs/11_experiments.ipynb #bb97dda0
+def _class_mixture(labels: Tensor, count: int) -> Tensor:
+    "So many labels, spread evenly over those of the training set, or going round if more are wanted."
+    numbers = torch.arange(count)
+    return labels[numbers*len(labels)//count] if count < len(labels) else labels[numbers % len(labels)]
+
+# %% ../nbs/11_experiments.ipynb #5e7e145b
+def _load_for_sampling(run: Path, step: int, arm: str, exponential: bool) -> tuple:
+    "Model, path and record of a checkpoint, the path with or without exponential map."
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model, path, record = load_run(run, step, device)
+    if not exponential: path = arm_path(arm, record['config'].get('project_velocity', True), False)
+    return model, path, record
+
+# %% ../nbs/11_experiments.ipynb #73604369
+def _sample_decoder(run: Path, record: dict, preset: Preset, decoder: str, spherical: bool) -> Tokenizer:
+    "The tokenizer that decodes a run's samples; the spherical decoder projects whatever it gets."
+    spherical = spherical or decoder != decoder_name(preset, 'vanilla-linear')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    tokenizer = load_tokenizer(decoder, spherical=spherical, device=device)
+    if tokenizer.latent_identity != record['data']['tokenizer']['latent_identity']:
+        raise ValueError(f'tokenizer {tokenizer.name} does not share the latents of {run}')
+    return tokenizer
+
+# %% ../nbs/11_experiments.ipynb #e5a0d640
+def _sampler_options(preset: Preset, guidance: float) -> dict[str, Any]:
+    "What `sample` is given."
+    return dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval,
+                precision=preset.precision)
+
+# %% ../nbs/11_experiments.ipynb #e7c42123
+def _sampler_protocol(preset: Preset, decoder: str, exponential: bool, guidance: float, seed: int) -> dict:
+    "What is said beside a figure about the samples; of a decoder in a folder, the name of the folder above."
+    return {
+        'solver': preset.method,
+        'solver_steps': preset.sample_steps,
+        'exponential': exponential,
+        'guidance': guidance,
+        'interval': list(preset.interval),
+        'precision': preset.precision,
+        'decoder': Path(decoder).parent.name if '/' in decoder else decoder,
+        'seed': seed,
+    }
+
+# %% ../nbs/11_experiments.ipynb #e9e0701e
+def _autocast(precision: str):
+    "Autocast to bfloat16 where that is the precision asked for."
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16')
+
+# %% ../nbs/11_experiments.ipynb #eb5a8c49
+def _generate_once(folder: Path, *what, **options) -> dict:
+    "`generate` into a folder that goes afterwards: 50,000 features take a gigabyte, and the caller keeps the figures."
+    with _autocast(options['precision']):
+        found = generate(folder, *what, **options)
+    processes().wait_for_everyone()
+    if processes().is_main_process: remove_features(folder)
+    return found
+
+# %% ../nbs/11_experiments.ipynb #561baf5e
 def score(
     run: Path,                   # a run folder
     step: int,                   # which checkpoint
@@ -189,25 +320,96 @@ def score(
     exponential: bool = True,    # False: straight steps and renormalisation in place of the exponential map
     decoder: str | None = None,  # another tokenizer to decode with; None takes the arm's
     progress: bool = True        # show a progress bar
-) -> dict: # figures and 'protocol'; 'accuracy', the share classified as the class asked for, with the digit extractor
-    "Sample from a checkpoint and score; features wait in the run folder until all are there, so that an interrupted call goes on. Raises `ValueError` if the decoder belongs to other latents than the run."
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model, path, record = load_run(run, step, device)
-    if not exponential: path = arm_path(arm, record['config'].get('project_velocity', True), False)
+) -> dict: # figures, 'protocol'; with the digit extractor 'accuracy', the share classified as the class asked for
+    "Sample from a checkpoint and score. Raises `ValueError` if the decoder belongs to other latents than the run."
+    model, path, record = _load_for_sampling(run, step, arm, exponential)
     decoder = decoder or decoder_name(preset, arm)
-    tokenizer = load_tokenizer(decoder, spherical=path.spherical or decoder != decoder_name(preset, 'vanilla-linear'), device=device) # the spherical decoder projects whatever it gets
-    if tokenizer.latent_identity != record['data']['tokenizer']['latent_identity']: raise ValueError(f'tokenizer {tokenizer.name} does not share the latents of {run}')
-    y = labels[torch.arange(count)*len(labels)//count] if count < len(labels) else labels[torch.arange(count) % len(labels)]
-    options: dict[str, Any] = dict(steps=preset.sample_steps, method=preset.method, guidance=guidance, interval=preset.interval, precision=preset.precision)
+    tokenizer = _sample_decoder(run, record, preset, decoder, path.spherical)
+    y = _class_mixture(labels, count)
+    options = _sampler_options(preset, guidance)
     key = digest_of(record['weights'], tokenizer.identity, y.tolist(), seed, exponential, preset.extractor, options)
-    with _autocast(preset.precision): found = generate(Path(run)/'features'/key, model, path, tokenizer, y, preset.extractor, seed, record['weights'], progress=progress, **options)
-    processes().wait_for_everyone()
-    if processes().is_main_process: remove_features(Path(run)/'features'/key) # 50,000 of them take a gigabyte; the caller keeps the figures
+    found = _generate_once(Path(run)/'features'/key, model, path, tokenizer, y, preset.extractor, seed,
+                           record['weights'], progress=progress, **options)
     figures = score_features(found, reference, metrics, extractor=preset.extractor)
-    if preset.extractor == 'digits': figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
-    figures['protocol'] = protocol_of(preset.extractor, count, reference['name'], reference) | {
-        'solver': preset.method, 'solver_steps': preset.sample_steps, 'exponential': exponential, 'guidance': guidance, 'interval': list(preset.interval), 'precision': preset.precision, 'decoder': Path(decoder).parent.name if '/' in decoder else decoder, 'seed': seed}
-    return figures
+    if preset.extractor == 'digits':
+        figures['accuracy'] = (found['logits'].argmax(1) == found['y']).float().mean().item()
+    told = _sampler_protocol(preset, decoder, exponential, guidance, seed)
+    return figures | {'protocol': protocol_of(preset.extractor, count, reference['name'], reference) | told}
+
+# %% ../nbs/11_experiments.ipynb #8aaf8346
+def _evaluation_plan(preset: Preset, trainer: Trainer, reference: dict) -> dict:
+    "All that the scores of a trained arm depend on, as it looks in JSON."
+    config = trainer.config
+    decoder = load_tokenizer(decoder_name(preset, config.arm), spherical=trainer.path.spherical)
+    left_out = ('train', 'note', 'reported', 'tokenizer', 'control')
+    plan = {k: v for k, v in asdict(preset).items() if k not in left_out} | {
+        'weights': load_run(trainer.out, config.steps)[2]['weights'],
+        'decoder': decoder.identity,
+        'reference': reference.get('content'),
+        'data': trainer.data.content,
+        'seed': config.seed,
+    }
+    return json.loads(json.dumps(plan))
+
+# %% ../nbs/11_experiments.ipynb #b96ad5e0
+def _kept_scores(out: Path, plan: dict) -> dict:
+    "The scores kept beside a run if they belong to this plan, or else an empty record of it."
+    store = out/'evaluation.json'
+    kept = read_json(store, 'evaluation of a run', 'remove it') if store.exists() else {}
+    return kept if kept.get('preset') == plan else {'preset': plan, 'curve': {}, 'final': {}}
+
+# %% ../nbs/11_experiments.ipynb #0a928066
+def _keep_scores(out: Path, kept: dict):
+    "Store the scores, on the main process."
+    if processes().is_main_process: write_json(out/'evaluation.json', kept)
+
+# %% ../nbs/11_experiments.ipynb #dfdb075d
+def _score_guidances(
+    kept: dict, out: Path, preset: Preset, config: TrainConfig, reference: dict, labels: Tensor, progress: bool
+):
+    "Add the final figures that are missing, at every guidance of the preset."
+    for guidance in preset.guidances:
+        if str(guidance) in kept['final']: continue
+        kept['final'][str(guidance)] = score(out, config.steps, preset, config.arm, reference, labels, preset.samples,
+                                             guidance, config.seed, progress=progress)
+        _keep_scores(out, kept)
+
+# %% ../nbs/11_experiments.ipynb #2364709b
+def _score_checkpoints(
+    kept: dict, out: Path, preset: Preset, config: TrainConfig, reference: dict, labels: Tensor, progress: bool
+):
+    "Add the distances that are missing from the curve; the last one is the final one if it has as many samples."
+    guidance = preset.guidances[0]
+    for folder in checkpoints(out):
+        step = int(folder.name.removeprefix('step-'))
+        if step > config.steps or str(step) in kept['curve']: continue
+        if step == config.steps and preset.samples == preset.curve_samples:
+            figures = kept['final'][str(guidance)]
+        else:
+            figures = score(out, step, preset, config.arm, reference, labels, preset.curve_samples, guidance,
+                            config.seed, ('fid',), progress=progress)
+        kept['curve'][str(step)] = figures[distance_key(preset.extractor)]
+        _keep_scores(out, kept)
+
+# %% ../nbs/11_experiments.ipynb #75078206
+def _arm_row(preset: Preset, kept: dict, steps: int, result: dict, log: list) -> dict:
+    "What `run_arm` returns, from kept scores and what the trainer says."
+    name = distance_key(preset.extractor)
+    final = [kept['final'][str(g)] for g in preset.guidances]
+    guided = [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'}
+              for g, f in zip(preset.guidances, final)]
+    return {
+        name: final[0][name],
+        'kid': final[0].get('kid'),
+        'accuracy': final[0].get('accuracy'),
+        'guided': guided,
+        'final_loss': result['final_loss'],
+        'loss_over_power': log[-1]['loss_over_power'] if log else None,
+        'steps': steps,
+        'seconds': result['seconds'],
+        'curve': [{'step': int(s), name: f} for s, f in kept['curve'].items()],
+        'protocol': final[0]['protocol'],
+    }
 
 # %% ../nbs/11_experiments.ipynb #be67deef
 def run_arm(
@@ -219,68 +421,69 @@ def run_arm(
     seed: int = 0,              # of training and sampling
     curve: bool = True,         # score every checkpoint as well
     progress: bool = True       # show progress bars
-) -> dict: # 'fid' or 'fd' (`distance_key`), 'kid', 'accuracy', 'guided', 'final_loss', 'loss_over_power', 'steps', 'seconds', 'curve', 'protocol'
-    "Train and score one arm; whatever is finished is reused. Raises `InterruptedError` if training is stopped by a signal."
+) -> dict: # a row: the distance under its `distance_key`, 'kid', 'accuracy', 'guided', 'final_loss', 'curve', ...
+    """Train and score one arm; whatever is finished is reused.
+
+    The row has 'loss_over_power', 'steps', 'seconds' and 'protocol' as well. Raises `InterruptedError` if training is
+    stopped by a signal.
+    """
     config = TrainConfig(arm=arm, seed=seed, **preset.train)
-    data = LatentDataset(latents, spherical=arm_path(arm).spherical)
-    trainer = Trainer(config, data, out)
+    trainer = Trainer(config, LatentDataset(latents, spherical=arm_path(arm).spherical), out)
     result = trainer.fit(progress=progress)
-    if result['stopped']: raise InterruptedError(f'{arm} was stopped at step {result["step"]} of {config.steps}; run the same command to go on')
-    store, main = out/'evaluation.json', processes().is_main_process
-    decoder = load_tokenizer(decoder_name(preset, arm), spherical=trainer.path.spherical)
-    belongs = {'weights': load_run(out, config.steps)[2]['weights'], 'decoder': decoder.identity, 'reference': reference.get('content'), 'data': data.content, 'seed': seed}
-    protocol = json.loads(json.dumps({k: v for k, v in asdict(preset).items() if k not in ('train', 'note', 'reported', 'tokenizer', 'control')} | belongs))
-    kept = read_json(store, 'evaluation of a run', 'remove it') if store.exists() else {}
-    anew = kept.get('preset') != protocol
-    if anew: kept = {'preset': protocol, 'curve': {}, 'final': {}}
-    def keep():
-        if main: write_json(store, kept)
-    labels, name = data.y.cpu(), distance_key(preset.extractor)
-    for guidance in preset.guidances:
-        if str(guidance) in kept['final']: continue
-        kept['final'][str(guidance)] = score(out, config.steps, preset, arm, reference, labels, preset.samples, guidance, seed, progress=progress)
-        keep()
-    for folder in checkpoints(out) if curve else []:
-        step = int(folder.name.removeprefix('step-'))
-        if step > config.steps or str(step) in kept['curve']: continue
-        known = step == config.steps and preset.samples == preset.curve_samples
-        kept['curve'][str(step)] = (kept['final'][str(preset.guidances[0])] if known else score(out, step, preset, arm, reference, labels, preset.curve_samples, preset.guidances[0], seed, ('fid',), progress=progress))[name]
-        keep()
-    if main and (anew or not (out/'samples.png').exists()): _overview(preset, arm, out, config.steps, labels, seed)
-    final = [kept['final'][str(g)] for g in preset.guidances]
-    log = trainer.log()
-    return {name: final[0][name], 'kid': final[0].get('kid'), 'accuracy': final[0].get('accuracy'), 'guided': [{'guidance': g} | {k: v for k, v in f.items() if k != 'protocol'} for g, f in zip(preset.guidances, final)],
-            'final_loss': result['final_loss'], 'loss_over_power': log[-1]['loss_over_power'] if log else None, 'steps': config.steps, 'seconds': result['seconds'],
-            'curve': [{'step': int(s), name: f} for s, f in kept['curve'].items()], 'protocol': final[0]['protocol']}
+    if result['stopped']:
+        raise InterruptedError(f'{arm} was stopped at step {result["step"]} of {config.steps}; '
+                               'run the same command to go on')
+    labels = trainer.data.y.cpu()
+    kept = _kept_scores(out, _evaluation_plan(preset, trainer, reference))
+    anew = not kept['final']
+    _score_guidances(kept, out, preset, config, reference, labels, progress)
+    if curve: _score_checkpoints(kept, out, preset, config, reference, labels, progress)
+    if processes().is_main_process and (anew or not (out/'samples.png').exists()):
+        _overview(preset, arm, out, config.steps, labels, seed)
+    return _arm_row(preset, kept, config.steps, result, trainer.log())
 
 # %% ../nbs/11_experiments.ipynb #8f26d136
 @torch.no_grad()
 def _overview(preset: Preset, arm: str, run: Path, step: int, labels: Tensor, seed: int):
     "Forty samples in classes of the training images, as samples.png; the strongest guidance of the preset."
     model, path, record = load_run(run, step, 'cuda' if torch.cuda.is_available() else 'cpu')
-    tokenizer = load_tokenizer(decoder_name(preset, arm), spherical=path.spherical, device=next(model.parameters()).device)
-    z = sample(model, path, labels[:40], steps=preset.sample_steps, method=preset.method, guidance=max(preset.guidances), seed=seed)
+    device = next(model.parameters()).device
+    tokenizer = load_tokenizer(decoder_name(preset, arm), spherical=path.spherical, device=device)
+    z = sample(model, path, labels[:40], steps=preset.sample_steps, method=preset.method,
+               guidance=max(preset.guidances), seed=seed)
     save_grid(tokenizer.decode(z).cpu(), run/'samples.png')
 
-# %% ../nbs/11_experiments.ipynb #d54d3dbc
+# %% ../nbs/11_experiments.ipynb #3659b5ef
 def prepare_latents(
     preset: Preset,            # which tokenizer
     source: ImageSource,       # images
     folder: Path,              # where latents are cached
     progress: bool = True      # show a progress bar
 ) -> Tokenizer: # the vanilla tokenizer
-    "Encode the source unless a cache of the same images by the same tokenizer is there. Raises `ValueError` for a tokenizer without statistics."
-    tokenizer = load_tokenizer(preset.tokenizer, spherical=False, device='cuda' if torch.cuda.is_available() else 'cpu')
-    if wants_statistics(tokenizer): raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: run slfm_finetune and give the folders it leaves as tokenizer and control')
+    """Encode the source unless a cache of the same images by the same tokenizer is there.
+
+    Raises `ValueError` for a tokenizer without statistics.
+    """
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    tokenizer = load_tokenizer(preset.tokenizer, spherical=False, device=device)
+    if wants_statistics(tokenizer):
+        raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: '
+                         'run slfm_finetune and give the folders it leaves as tokenizer and control')
     flip = preset.train.get('flip', True)
-    wanted = tokenizer.latent_identity, flip, source.fingerprint
-    try:
-        index = json.loads((folder/'index.json').read_text())
-        found = index['tokenizer']['latent_identity'], index['flip'], index['source']['fingerprint']
-    except (FileNotFoundError, json.JSONDecodeError, KeyError): found = None
-    if found != wanted: encode_latents(tokenizer, source, folder, flip=flip, precision=preset.precision, progress=progress)
+    if _cached_in(folder) != (tokenizer.latent_identity, flip, source.fingerprint):
+        encode_latents(tokenizer, source, folder, flip=flip, precision=preset.precision, progress=progress)
     return tokenizer
 
+# %% ../nbs/11_experiments.ipynb #47337493
+def _cached_in(folder: Path) -> tuple | None:
+    "Tokenizer, mirroring and images of a finished cache; None if there is none."
+    try:
+        index = json.loads((folder/'index.json').read_text())
+        return index['tokenizer']['latent_identity'], index['flip'], index['source']['fingerprint']
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None
+
+# %% ../nbs/11_experiments.ipynb #d54d3dbc
 def compare(
     preset: str | Preset = 'digits',                         # a key of `PRESETS` or a preset
     arms: tuple = ('vanilla-linear', 'spherical-slerp'),     # which arms
@@ -289,58 +492,91 @@ def compare(
     seed: int = 0,                                           # of training and sampling
     curve: bool = True,                                      # Fréchet distance over steps
     progress: bool = True,                                   # show progress bars
-    workers: int = 1                                         # arms trained side by side, in processes that share the threads: for CPUs
+    workers: int = 1                                         # arms trained side by side, on shares of the threads
 ) -> dict: # the report; empty on all but the main process
-    "The matched comparison; a second call reuses what is finished. Writes report.json, table.csv and report.html. Raises `ValueError` for unknown arms or presets."
+    """The matched comparison; a second call reuses what is finished. Writes report.json, table.csv and report.html.
+
+    Raises `ValueError` for unknown arms or presets.
+    """
     preset = get_preset(preset) if isinstance(preset, str) else preset
-    for arm in arms: arm_path(arm)
+    for arm in arms:
+        arm_path(arm)
     source = images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
     apart_from(source, out)
     out = claim(out, 'a comparison')
     tokenizer = prepare_latents(preset, source, out/'latents', progress)
     reference = reference_features(preset, source, out, progress)
-    if workers > 1 and processes().num_processes == 1: _side_by_side(workers, arms, preset, reference, out, seed, curve, progress)
+    if workers > 1 and processes().num_processes == 1:
+        _side_by_side(workers, arms, preset, reference, out, seed, curve, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}
-    if not processes().is_main_process: return {}
+    return _write_report(preset, rows, tokenizer, source, out, seed) if processes().is_main_process else {}
+
+# %% ../nbs/11_experiments.ipynb #2380ba03
+def _write_report(preset: Preset, rows: dict, tokenizer: Tokenizer, source: ImageSource, out: Path, seed: int) -> dict:
+    "Report of a comparison as report.json, table.csv and report.html, with the geometry of its first 2048 images."
     pictures, classes = zip(*source.stream(limit=2048))
     some = torch.stack(pictures), torch.tensor(classes)
     found = geometry(tokenizer, *some, seed=seed)
-    report = {'arms': rows, 'images': source.understood, 'geometry': found['report'], 'environment': environment([seed]), 'preset': asdict(preset), 'reached': {arm: steps_to_reach(rows, arm) for arm in rows}}
+    report = {
+        'arms': rows,
+        'images': source.understood,
+        'geometry': found['report'],
+        'environment': environment([seed]),
+        'preset': asdict(preset),
+        'reached': {arm: steps_to_reach(rows, arm) for arm in rows},
+    }
     write_json(out/'report.json', report)
-    with atomic_write(out/'table.csv') as f: comparison_table(rows).to_csv(f, index=False)
-    with atomic_write(out/'report.html') as f: f.write_text(report_html(report, found, tokenizer, some, out))
+    with atomic_write(out/'table.csv') as f:
+        comparison_table(rows).to_csv(f, index=False)
+    with atomic_write(out/'report.html') as f:
+        f.write_text(report_html(report, found, tokenizer, some, out))
     return report
 
+# %% ../nbs/11_experiments.ipynb #771c5b6f
 def _side_by_side(workers: int, arms: tuple, *rest):
-    "Train and score arms in processes of their own, a bar each; what they finish is found, and what they could not do is done again, by `run_arm`."
-    context, threads = multiprocessing.get_context('spawn'), max(1, torch.get_num_threads()//workers)
+    """Train and score arms in processes of their own, a bar each.
+
+    What they finish is found, and what they could not do is done again, by `run_arm`.
+    """
+    context = multiprocessing.get_context('spawn')
+    threads = max(1, torch.get_num_threads()//workers)
     jobs = []
     for k in range(min(workers, len(arms))):
         os.environ['TQDM_POSITION'] = str(k)
         jobs.append(context.Process(target=_in_turn, args=(threads, arms[k::workers], *rest)))
         jobs[-1].start()
     del os.environ['TQDM_POSITION']
-    for job in jobs: job.join()
+    for job in jobs:
+        job.join()
 
-def _in_turn(threads: int, arms: tuple, preset: Preset, reference: dict, out: Path, seed: int, curve: bool, progress: bool):
+# %% ../nbs/11_experiments.ipynb #6b5dca48
+def _in_turn(
+    threads: int, arms: tuple, preset: Preset, reference: dict, out: Path, seed: int, curve: bool, progress: bool
+):
+    "Some arms one after the other, on a share of the threads."
     torch.set_num_threads(threads)
-    for arm in arms: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress)
+    for arm in arms:
+        run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress)
 
+# %% ../nbs/11_experiments.ipynb #7a17d925
 def comparison_table(
     rows: dict # arm -> from `run_arm`
 ): # pandas.DataFrame: one row per arm and guidance
     "Figures of all arms, as the paper's tables have them."
     import pandas as pd
-    return pd.DataFrame([{'arm': arm, 'steps': r['steps'], 'loss_over_power': r['loss_over_power'], **g} for arm, r in rows.items() for g in r['guided']])
+    return pd.DataFrame([{'arm': arm, 'steps': r['steps'], 'loss_over_power': r['loss_over_power'], **g}
+                         for arm, r in rows.items() for g in r['guided']])
 
+# %% ../nbs/11_experiments.ipynb #11079be4
 def steps_to_reach(
     rows: dict,                      # arm -> {'curve': [{'step', 'fid' or 'fd'}]}
     arm: str,                        # which arm
     target: str = 'vanilla-linear'   # the arm whose last point is to be reached
-) -> float | None: # steps, between checkpoints by interpolation of the log distance; None if it never gets there or there is no curve
-    "After how many steps an arm is as good as another one at its end."
+) -> float | None: # steps; None if it never gets there or there is no curve
+    "After how many steps an arm is as good as another one at its end, between checkpoints by interpolation."
     if target not in rows or not rows[target]['curve'] or not rows[arm]['curve']: return None
-    goal, before = distance_of(rows[target]['curve'][-1]), None
+    goal = distance_of(rows[target]['curve'][-1])
+    before = None
     for point in rows[arm]['curve']:
         if distance_of(point) <= goal:
             if before is None or distance_of(before) == distance_of(point): return float(point['step'])
@@ -350,17 +586,48 @@ def steps_to_reach(
     return None
 
 # %% ../nbs/11_experiments.ipynb #2a611aee
-_STYLE = ('body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}'
-          'td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}figure{margin:2rem 0}figcaption{color:#555}'
-          'code{background:#f4f4f4;padding:.1rem .3rem}')
+_PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><title>Matched comparison</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+img{max-width:100%} table{border-collapse:collapse;margin:1rem 0} figure{margin:2rem 0} figcaption{color:#555}
+td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right} td:first-child,th:first-child{text-align:left}
+code{background:#f4f4f4;padding:.1rem .3rem}
+</style>
+<h1>Matched comparison</h1><p>{{ note }}</p>
+<table><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>{{ header[1] }}: extractor <code>{{ protocol.extractor }}</code> (layer {{ protocol.layer }}),
+{{ protocol.samples }} samples against {{ protocol.reference_count }} images ({{ protocol.reference }}),
+resize: {{ protocol.resize }}, {{ protocol.bits }} bits;
+sampler {{ protocol.solver }}, {{ protocol.solver_steps }} steps, guidance {{ protocol.guidance }}.
+One seed: differences of this size move with the seed, and raw losses of different arms cannot be compared.
+Seconds count training alone.</p>
+<h2>Geometry</h2><p>Mean token length {{ '%.3f' % geometry.mean_over_sqrt_d }} √d, coefficient of variation
+{{ '%.3f' % geometry.cv }}. Radial share of the velocity at t = 0, ½, 1:
+chord {{ shares.linear }}; arc {{ shares.slerp }}.
+Swapping lengths moves a decoded image by {{ '%.3f' % geometry.swap.radius }}, directions by
+{{ '%.3f' % geometry.swap.direction }}, everything by {{ '%.3f' % geometry.swap.full }}.</p>
+{% for caption, png in pictures %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ png }}">
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+<h2>Environment</h2><p>{{ env.device }}; commit {{ env.commit }}; seeds {{ env.seeds }}; {{ versions }};
+<code>{{ env.command }}</code></p></html>'''
 
-def _picture(fig, caption: str) -> str:
-    "A figure as an HTML element with the image inside."
+# %% ../nbs/11_experiments.ipynb #f0f33bc0
+def _png(fig) -> str:
+    "A figure as PNG in base64; the figure is closed."
     import matplotlib.pyplot as plt
     buffer = io.BytesIO()
     fig.savefig(buffer, format='png', dpi=110, bbox_inches='tight')
     plt.close(fig)
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return base64.b64encode(buffer.getvalue()).decode()
+
+# %% ../nbs/11_experiments.ipynb #ba63c1d5
+def _report_row(arm: str, row: dict) -> tuple:
+    "An arm's row of the table, as text; a dash for what was not measured."
+    def number(value, form): return '–' if value is None else format(value, form)
+    return (arm, f'{distance_of(row):.2f}', number(row['accuracy'], '.1%'), number(row['final_loss'], '.4f'),
+            row['steps'], f'{row["seconds"]:.0f}')
 
 # %% ../nbs/11_experiments.ipynb #0b643ce5
 def plot_distance_curves(
@@ -372,12 +639,47 @@ def plot_distance_curves(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for arm, row in rows.items():
-        steps, distances = [p['step'] for p in row['curve']], [distance_of(p) for p in row['curve']]
-        ax.semilogy(steps, distances, marker='o', label=arm, **path_style(arm))
+        steps = [p['step'] for p in row['curve']]
+        ax.semilogy(steps, [distance_of(p) for p in row['curve']], marker='o', label=arm, **path_style(arm))
     ax.set(xlabel='training steps', ylabel=distance_title(extractor))
     ax.legend(fontsize=8)
     return ax
 
+# %% ../nbs/11_experiments.ipynb #bc8e7c0a
+def _geometry_pictures(found: dict, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    "Captions and pictures of what `geometry` found."
+    noise, z = found['noise'], found['latents']
+    norms = {k: (TIMES, c) for k, c in found['curves'].items()}
+    shares = {k: (TIMES, c['radial_share']) for k, c in found['curves'].items()}
+    radii = norm_stats(noise)['mean'], norm_stats(z)['mean']
+    yield ('Token lengths and the Gaussian shell',
+           _png(plot_norms({'noise': noise, 'tokens': z}).figure))
+    yield ('Token length along the four paths, with one standard deviation',
+           _png(plot_path_norms(norms, z.shape[1]).figure))
+    yield ('Share of the velocity that changes lengths, with the closed form of the chord at the mean radii',
+           _png(plot_radial_share(shares, radii).figure))
+    yield ('How far the decoded image moves when lengths or directions are exchanged '
+           '(mean absolute difference of images in [-1, 1])', _png(plot_swaps(found['swaps']).figure))
+    yield 'Swaps by example', _png(swap_strip(tokenizer, z, *found['pairs']).figure)
+
+# %% ../nbs/11_experiments.ipynb #073698a6
+def _sample_pictures(report: dict, images: Tensor, out: Path) -> Iterator[tuple[str, str]]:
+    "Captions and pictures of real images, of every arm's samples and of the distance over steps, if there is a curve."
+    import matplotlib.pyplot as plt
+    rows, preset = report['arms'], report['preset']
+    yield 'Real images', _png(show_images(images[:40], 10).figure)
+    for arm in rows:
+        fig = plt.figure(figsize=(5.5, 2.5), layout='constrained')
+        ax = fig.add_subplot()
+        ax.imshow(plt.imread(out/arm/'samples.png'))
+        ax.axis('off')
+        yield f'Samples of {arm}, same noise and the classes of the real images above', _png(fig)
+    if any(r['curve'] for r in rows.values()):
+        title = distance_title(preset['extractor'])
+        yield (f'{title} over steps, {preset["curve_samples"]} samples each',
+               _png(plot_distance_curves(rows, preset['extractor']).figure))
+
+# %% ../nbs/11_experiments.ipynb #971b5d32
 def report_html(
     report: dict,          # from `compare`
     found: dict,           # from `geometry`
@@ -386,47 +688,36 @@ def report_html(
     out: Path              # folder with the arms' samples
 ) -> str: # a self-contained page
     "Tables and pictures of a comparison."
-    import matplotlib.pyplot as plt
-    g, env = found['report'], report['environment']
-    number = lambda v, f: '–' if v is None else format(v, f)
+    page = jinja2.Template(_PAGE, autoescape=True, undefined=jinja2.StrictUndefined)
     called = distance_title(report['preset']['extractor'])
-    table = ''.join(f'<tr><td>{a}</td><td>{distance_of(r):.2f}</td><td>{number(r["accuracy"], ".1%")}</td><td>{number(r["final_loss"], ".4f")}</td><td>{r["steps"]}</td><td>{r["seconds"]:.0f}</td></tr>' for a, r in report['arms'].items())
-    protocol = next(iter(report['arms'].values()))['protocol']
-    pictures = [_picture(plot_norms({'noise': found['noise'], 'tokens': found['latents']}).figure, 'Token lengths and the Gaussian shell')]
-    d = found['latents'].shape[1]
-    pictures.append(_picture(plot_path_norms({k: (TIMES, c) for k, c in found['curves'].items()}, d).figure, 'Token length along the four paths, with one standard deviation'))
-    radii = tuple(norm_stats(found[k])['mean'] for k in ('noise', 'latents'))
-    pictures.append(_picture(plot_radial_share({k: (TIMES, c['radial_share']) for k, c in found['curves'].items()}, radii).figure, 'Share of the velocity that changes lengths, with the closed form of the chord at the mean radii'))
-    pictures.append(_picture(plot_swaps(found['swaps']).figure, 'How far the decoded image moves when lengths or directions are exchanged (mean absolute difference of images in [-1, 1])'))
-    pictures.append(_picture(swap_strip(tokenizer, found['latents'], *found['pairs']).figure, 'Swaps by example'))
-    pictures.append(_picture(show_images(reference[0][:40], 10).figure, 'Real images'))
-    for arm in report['arms']:
-        fig = plt.figure(figsize=(5.5, 2.5), layout='constrained')
-        ax = fig.add_subplot()
-        ax.imshow(plt.imread(out/arm/'samples.png'))
-        ax.axis('off')
-        pictures.append(_picture(fig, f'Samples of {arm}, same noise and the classes of the real images above'))
-    if any(r['curve'] for r in report['arms'].values()):
-        pictures.append(_picture(plot_distance_curves(report['arms'], report['preset']['extractor']).figure, f'{called} over steps, {report["preset"]["curve_samples"]} samples each'))
-    versions = ', '.join(f'{k} {v}' for k, v in env['versions'].items())
-    shares = lambda k: ', '.join(f'{v:.2f}' for v in g['radial_share'][k])
-    return f'''<!doctype html><html lang="en"><meta charset="utf-8"><title>Matched comparison</title><style>{_STYLE}</style>
-<h1>Matched comparison</h1><p>{html.escape(report["preset"]["note"])}</p>
-<table><tr><th>arm</th><th>{html.escape(called)}</th><th>accuracy</th><th>final loss</th><th>steps</th><th>seconds</th></tr>{table}</table>
-<p>{html.escape(called)}: extractor <code>{protocol["extractor"]}</code> (layer {protocol["layer"]}), {protocol["samples"]} samples against {protocol["reference_count"]} images ({html.escape(protocol["reference"])}), resize: {html.escape(protocol["resize"])}, {protocol["bits"]} bits;
-sampler {protocol["solver"]}, {protocol["solver_steps"]} steps, guidance {protocol["guidance"]}. One seed: differences of this size move with the seed, and raw losses of different arms cannot be compared. Seconds count training alone.</p>
-<h2>Geometry</h2><p>Mean token length {g["mean_over_sqrt_d"]:.3f} √d, coefficient of variation {g["cv"]:.3f}. Radial share of the velocity at t = 0, ½, 1: chord {shares("linear")}; arc {shares("slerp")}.
-Swapping lengths moves a decoded image by {g["swap"]["radius"]:.3f}, directions by {g["swap"]["direction"]:.3f}, everything by {g["swap"]["full"]:.3f}.</p>
-{"".join(pictures)}
-<h2>Environment</h2><p>{html.escape(env["device"])}; commit {html.escape(str(env["commit"]))}; seeds {env["seeds"]}; {html.escape(versions)}; <code>{html.escape(env["command"])}</code></p></html>'''
+    shares = found['report']['radial_share']
+    return page.render(
+        note=report['preset']['note'],
+        header=('arm', called, 'accuracy', 'final loss', 'steps', 'seconds'),
+        rows=[_report_row(arm, row) for arm, row in report['arms'].items()],
+        protocol=next(iter(report['arms'].values()))['protocol'],
+        geometry=found['report'],
+        shares={k: ', '.join(f'{v:.2f}' for v in share) for k, share in shares.items()},
+        pictures=[*_geometry_pictures(found, tokenizer), *_sample_pictures(report, reference[0], out)],
+        env=report['environment'],
+        versions=', '.join(f'{k} {v}' for k, v in report['environment']['versions'].items()))
 
 # %% ../nbs/11_experiments.ipynb #610240e7
 def _shortened(scale: float) -> Preset:
     "The `digits` preset at a fraction of its steps and samples, with one checkpoint."
     base = PRESETS['digits']
     steps = max(2, round(base.train['steps']*scale))
-    return replace(base, train=base.train | dict(steps=steps, checkpoint_every=steps), samples=max(40, round(base.samples*scale)))
+    train = base.train | dict(steps=steps, checkpoint_every=steps)
+    return replace(base, train=train, samples=max(40, round(base.samples*scale)))
 
+# %% ../nbs/11_experiments.ipynb #7b522f96
+def _prepare_digits(preset: Preset, folder: Path, progress: bool) -> dict:
+    "Cache the latents of the digits in a folder; returns their reference features."
+    source = ImageSource('digits')
+    prepare_latents(preset, source, folder/'latents', progress)
+    return reference_features(preset, source, folder, progress)
+
+# %% ../nbs/11_experiments.ipynb #b1e99b83
 def seeds_study(
     path: str | Path,            # the JSON file to write
     seeds: tuple = (0, 1, 2),    # seeds of training and sampling
@@ -436,27 +727,49 @@ def seeds_study(
     "All arms over several seeds at the `digits` preset; final figures only."
     claim_file(path)
     preset = _shortened(scale)
+    rows = []
     with tempfile.TemporaryDirectory() as tmp:
-        prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
-        reference = reference_features(preset, ImageSource('digits'), Path(tmp), progress)
-        rows = [{'arm': arm, 'seed': s, **run_arm(preset, arm, Path(tmp)/'latents', reference, Path(tmp)/f'{arm}-{s}', s, False, progress)} for s in seeds for arm in ARMS]
-    for r in rows: del r['curve']
-    held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid', 'kid'))
-    result = {'rows': rows, 'held_out_fd': held_out['fd'], 'held_out_kid': held_out['kid'], 'held_out_count': held_out['protocol']['samples'], 'environment': environment(list(seeds))}
+        folder = Path(tmp)
+        reference = _prepare_digits(preset, folder, progress)
+        for seed in seeds:
+            for arm in ARMS:
+                row = run_arm(preset, arm, folder/'latents', reference, folder/f'{arm}-{seed}', seed, False, progress)
+                del row['curve']
+                rows.append({'arm': arm, 'seed': seed, **row})
+    result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
+
+# %% ../nbs/11_experiments.ipynb #1b4e10c5
+def _held_out_digits() -> dict:
+    "Distances of the digits nobody trains on from those of the training set: what real images score."
+    held_out = evaluate(digits_images('test')[0], digits_images('train')[0], 'digits', 'digits train', ('fid', 'kid'))
+    return {'held_out_fd': held_out['fd'], 'held_out_kid': held_out['kid'],
+            'held_out_count': held_out['protocol']['samples']}
 
 # %% ../nbs/11_experiments.ipynb #39058b68
 class _Counted(torch.nn.Module):
     "A model that counts its calls."
     def __init__(self, model: SiT):
         super().__init__()
-        self.model, self.config, self.calls = model, model.config, 0
+        self.model = model
+        self.config = model.config
+        self.calls = 0
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
         return self.model(z, t, y)
 
+# %% ../nbs/11_experiments.ipynb #8f45a207
+def _solver_settings(budgets: tuple, tolerances: tuple) -> Iterator[tuple[str, dict]]:
+    "Every method with the options of `sample` that it is measured at."
+    for method, solver in METHODS.items():
+        for n in budgets:
+            yield method, {'steps': max(1, n//solver.evaluations)}
+    for tolerance in tolerances:
+        yield 'adaptive', {'tolerance': tolerance}
+
+# %% ../nbs/11_experiments.ipynb #e9bb96b8
 def solver_study(
     path: str | Path,                       # the JSON file to write
     budgets: tuple = (4, 8, 16, 32, 64),    # evaluations of the network per sample
@@ -464,27 +777,30 @@ def solver_study(
     scale: float = 1.,                      # fraction of the full number of steps and samples
     progress: bool = True                   # show progress bars
 ) -> dict: # what is written
-    "Fréchet distance against evaluations for every solver, on one spherical run of the `digits` preset and one set of noise."
+    "Distance against evaluations for every solver: one spherical run of the `digits` preset, one set of noise."
     claim_file(path)
     preset = _shortened(scale)
-    rows = []
     with tempfile.TemporaryDirectory() as tmp:
-        prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
-        reference = reference_features(preset, ImageSource('digits'), Path(tmp), progress)
-        run_arm(preset, 'spherical-slerp', Path(tmp)/'latents', reference, Path(tmp)/'run', curve=False, progress=progress)
-        model, route, _ = load_run(Path(tmp)/'run')
-        tokenizer, y = load_tokenizer('digits', spherical=True), digits_images('train')[1][:preset.samples]
-        def measure(method: str, **options):
-            counted = _Counted(model)
-            z = sample(counted, route, y, method=method, batch_size=len(y), **options)
-            with torch.no_grad(): features = extract_features(tokenizer.decode(z), 'digits')
-            rows.append({'method': method, 'evaluations': counted.calls, **options, 'fd': score_features({'features': features}, reference, ('fid',), extractor='digits')['fd']})
-        for method, solver in METHODS.items():
-            for n in budgets: measure(method, steps=max(1, n//solver.evaluations))
-        for tolerance in tolerances: measure('adaptive', tolerance=tolerance)
+        folder = Path(tmp)
+        reference = _prepare_digits(preset, folder, progress)
+        run_arm(preset, 'spherical-slerp', folder/'latents', reference, folder/'run', curve=False, progress=progress)
+        y = digits_images('train')[1][:preset.samples]
+        rows = [_measure_solver(folder/'run', y, reference, method, options)
+                for method, options in _solver_settings(budgets, tolerances)]
     result = {'rows': rows, 'samples': preset.samples, 'environment': environment([0])}
     write_json(path, result)
     return result
+
+# %% ../nbs/11_experiments.ipynb #255d7206
+def _measure_solver(run: Path, y: Tensor, reference: dict, method: str, options: dict) -> dict:
+    "Evaluations per sample and Fréchet distance of a run's samples by one solver."
+    model, path, _ = load_run(run)
+    counted = _Counted(model)
+    z = sample(counted, path, y, method=method, batch_size=len(y), **options)
+    with torch.no_grad():
+        features = extract_features(load_tokenizer('digits', spherical=True).decode(z), 'digits')
+    fd = score_features({'features': features}, reference, ('fid',), extractor='digits')['fd']
+    return {'method': method, 'evaluations': counted.calls, **options, 'fd': fd}
 
 # %% ../nbs/11_experiments.ipynb #07ec40f4
 @torch.no_grad()
@@ -496,17 +812,23 @@ def evolution(
     steps: int = 56,       # Euler steps, a multiple of `shown` - 1
     seed: int = 0          # of the noise
 ) -> dict: # 'times', 'images' [shown, n, 3, H, W], 'mean_over_sqrt_d' of the tokens
-    "Samples on their way from noise to image. Raises `ValueError` for fewer than two times, or if the steps do not divide."
-    if shown < 2 or steps % (shown - 1): raise ValueError(f'shown must be at least 2 and steps a multiple of shown - 1, got {shown} and {steps}')
+    "Samples on their way. Raises `ValueError` for fewer than two times, or if the steps do not divide."
+    if shown < 2 or steps % (shown - 1):
+        raise ValueError(f'shown must be at least 2 and steps a multiple of shown - 1, got {shown} and {steps}')
     where = next(tokenizer.parameters()).device
     model, path, _ = load_run(run, device=where)
-    d, h, w = model.config.in_channels, model.config.input_size, model.config.input_size
-    noise = initial_noise(path, (d, h, w), range(len(labels)), seed).to(where)
+    shape = model.config.in_channels, model.config.input_size, model.config.input_size
+    noise = initial_noise(path, shape, range(len(labels)), seed).to(where)
     passed = [(0., noise)]
     sample(model, path, labels, steps=steps, noise=noise, on_step=lambda t, z: passed.append((t, z)))
     passed = passed[::steps//(shown - 1)]
-    return {'times': [t for t, _ in passed], 'images': torch.stack([tokenizer.decode(z).cpu() for _, z in passed]), 'mean_over_sqrt_d': [norm_stats(z)['mean_over_sqrt_d'] for _, z in passed]}
+    return {
+        'times': [t for t, _ in passed],
+        'images': torch.stack([tokenizer.decode(z).cpu() for _, z in passed]),
+        'mean_over_sqrt_d': [norm_stats(z)['mean_over_sqrt_d'] for _, z in passed],
+    }
 
+# %% ../nbs/11_experiments.ipynb #75dda472
 def plot_evolution(
     found: dict # name -> from `evolution`
 ):
@@ -514,35 +836,112 @@ def plot_evolution(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(found), figsize=(5.4*len(found), 3.6), squeeze=False, layout='constrained')
     for ax, (name, f) in zip(axes[0], found.items()):
-        shown, n = f['images'].shape[:2]
+        shown = len(f['images'])
         show_images(f['images'].transpose(0, 1).flatten(0, 1), shown, name, ax)
         side = f['images'].shape[-1] + 1
         ax.axis('on')
-        ax.set(xticks=[side*(k + .5) for k in range(shown)], xticklabels=[f't={t:.2f}\n{r:.2f} √d' for t, r in zip(f['times'], f['mean_over_sqrt_d'])], yticks=[])
+        ax.set(xticks=[side*(k + .5) for k in range(shown)], yticks=[],
+               xticklabels=[f't={t:.2f}\n{r:.2f} √d' for t, r in zip(f['times'], f['mean_over_sqrt_d'])])
         ax.tick_params(labelsize=7, length=0)
     return fig
 
+# %% ../nbs/11_experiments.ipynb #8d69a87f
 def evolution_study(
     path: str | Path,       # the PNG file to write; a JSON of the same name tells where it comes from
     scale: float = 1.,      # fraction of the full number of steps
     progress: bool = True   # show progress bars
 ) -> dict: # what the JSON holds
-    "Chord and arc side by side, on runs of the `digits` preset, each decoded by its own decoder; same noise, same classes."
+    """Chord and arc side by side, same noise, same classes.
+
+    Both are runs of the `digits` preset, each decoded by its own decoder.
+    """
     import matplotlib.pyplot as plt
-    claim_file(path), claim_file(Path(path).with_suffix('.json'))
-    preset, found = _shortened(scale), {}
+    claim_file(path)
+    claim_file(Path(path).with_suffix('.json'))
+    preset = _shortened(scale)
     with tempfile.TemporaryDirectory() as tmp:
         prepare_latents(preset, ImageSource('digits'), Path(tmp)/'latents', progress)
-        for arm in ('vanilla-linear', 'spherical-slerp'):
-            spherical = ARMS[arm].spherical
-            Trainer(TrainConfig(arm=arm, **preset.train), LatentDataset(Path(tmp)/'latents', spherical=spherical), Path(tmp)/arm).fit(progress=progress)
-            found[arm] = evolution(Path(tmp)/arm, load_tokenizer(decoder_name(preset, arm), spherical=spherical), torch.tensor([0, 3, 4, 7, 8]))
+        found = {arm: _train_and_follow(preset, arm, Path(tmp), progress)
+                 for arm in ('vanilla-linear', 'spherical-slerp')}
     figure = plot_evolution(found)
     save_figure(figure, path, 110)
     plt.close(figure)
-    result = {arm: {k: v for k, v in f.items() if k != 'images'} for arm, f in found.items()} | {'environment': environment([0])}
+    result = {arm: {k: v for k, v in f.items() if k != 'images'} for arm, f in found.items()}
+    result['environment'] = environment([0])
     write_json(Path(path).with_suffix('.json'), result)
     return result
+
+# %% ../nbs/11_experiments.ipynb #2e23e269
+def _train_and_follow(preset: Preset, arm: str, folder: Path, progress: bool) -> dict:
+    "Train an arm on the latents in a folder, and follow five samples on their way."
+    spherical = ARMS[arm].spherical
+    data = LatentDataset(folder/'latents', spherical=spherical)
+    Trainer(TrainConfig(arm=arm, **preset.train), data, folder/arm).fit(progress=progress)
+    tokenizer = load_tokenizer(decoder_name(preset, arm), spherical=spherical)
+    return evolution(folder/arm, tokenizer, torch.tensor([0, 3, 4, 7, 8]))
+
+# %% ../nbs/11_experiments.ipynb #0da8b9a1
+def _unreadable(source: ImageSource) -> ValueError:
+    "What to raise where a source gives nothing."
+    return ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
+
+# %% ../nbs/11_experiments.ipynb #e2d9122e
+def _own_part(order: Tensor | None, rank: int, world: int) -> Tensor | None:
+    "The part of an order that a process encodes. Raises `ValueError` for a stream without order on several processes."
+    if order is not None: return order[rank::world]
+    if world == 1: return None
+    raise ValueError('a data set streamed from the hub cannot be shared among processes: '
+                     'use one process, or download it')
+
+# %% ../nbs/11_experiments.ipynb #d3fe3f26
+def _gather_skipped(source: ImageSource):
+    "Let every process know what any of them could not read."
+    world = processes().num_processes
+    if world == 1: return
+    parts: list[list] = [[]]*world
+    torch.distributed.all_gather_object(parts, source.skipped)
+    source.skipped = [name for part in parts for name in part]
+
+# %% ../nbs/11_experiments.ipynb #e04212f9
+def _encode_stream(
+    tokenizer: Tokenizer, source: ImageSource, order: Tensor | None, limit: int, batch_size: int, raw: TokenStatistics,
+    progress: bool
+) -> Iterator[Tensor]:
+    "The autoencoder's own latents, batch by batch, counted in `raw` on their way."
+    total = limit if order is None else min(limit, len(order))
+    hidden = not (progress and processes().is_main_process)
+    with tqdm(total=total, desc=f'encoding with {tokenizer.name}', unit='image', disable=hidden) as bar:
+        for x, _ in source.batches(batch_size, order, limit):
+            z = tokenizer.raw_latents(x)
+            raw.update(z)
+            bar.update(len(x))
+            yield z
+
+# %% ../nbs/11_experiments.ipynb #c35c3e02
+def _measure_beginning(
+    tokenizer: Tokenizer, latents: Iterator[Tensor], hold: int, pack: int
+) -> tuple[RunningMoments | None, list[Tensor]]:
+    "Moments of the first latents of a stream, over all processes, and the latents themselves; the rest stays unread."
+    moments, held = None, []
+    for z in latents:
+        held.append(z.cpu())
+        rows = channel_rows(tokenizer, z, pack)
+        moments = (moments or RunningMoments(rows.shape[1])).update(rows)
+        if sum(len(h) for h in held) >= hold: break
+    return merge_over_processes(moments), held
+
+# %% ../nbs/11_experiments.ipynb #6f8b8549
+def _flow_statistics(
+    tokenizer: Tokenizer, held: list[Tensor], latents: Iterator[Tensor], seed: int
+) -> TokenStatistics:
+    "Lengths and paths of tokens in flow coordinates: of those that waited, whose memory is freed, then of the others."
+    processed = TokenStatistics(tokenizer.d, TIMES, seed)
+    while held:
+        z = held.pop(0)
+        processed.update(tokenizer.transform(z.to(tokenizer.transform.mean.device)))
+    for z in latents:
+        processed.update(tokenizer.transform(z))
+    return processed
 
 # %% ../nbs/11_experiments.ipynb #0a598e0c
 @torch.no_grad()
@@ -552,63 +951,54 @@ def analyze_tokens(
     limit: int = 2048,          # images to look at, over all processes
     statistics: str = 'auto',   # 'auto', 'measure' or 'own', as for `with_statistics`
     pack: int = 1,              # as for `with_statistics`
-    hold: int = 2048,           # measured statistics come from so many images at most, whose latents wait in memory meanwhile
+    hold: int = 2048,           # images at most whose latents wait in memory, and of which statistics are measured
     batch_size: int = 32,       # images per encoder call
     seed: int = 0,              # of the order of images and the noise
     order: Tensor | None = None,# numbers of the images; None draws a random order
     progress: bool = True       # show a progress bar
-) -> tuple[Tokenizer, TokenStatistics, TokenStatistics]: # the tokenizer in its flow coordinates; raw and processed tokens
-    "Token lengths and path geometry over a stream of images, each encoded once, on every process of `torch.distributed` a share; memory does not grow with `limit`. Raises `ValueError` if no image can be read."
+) -> tuple[Tokenizer, TokenStatistics, TokenStatistics]: # the tokenizer in its flow coordinates; raw, processed tokens
+    "Token lengths and path geometry over a stream of images. Raises `ValueError` if no image can be read."
     check_range(1, limit=limit, batch_size=batch_size, pack=pack, hold=hold)
     tokenizer.latent_shape(source.size, source.size)
-    state = processes()
-    rank, world = state.process_index, state.num_processes
-    order = source.shuffled(seed) if order is None else order
-    if order is not None: order = order[rank::world]
-    elif world > 1: raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
-    measured = wants_statistics(tokenizer, statistics)
-    share = lambda n: -(-n//world)
-    def unreadable():
-        skipped = len(source.skipped)
-        return ValueError(f'{source.source} gave no readable image ({skipped} skipped): give another source')
-    moments, processed = None, None
-    held: list[Tensor] = []
+    rank, world = processes().process_index, processes().num_processes
+    order = _own_part(source.shuffled(seed) if order is None else order, rank, world)
     raw = TokenStatistics(tokenizer.raw_channels)
-
-    def settle():
-        "Decide on statistics, and work off what has waited for them."
-        nonlocal tokenizer, moments, processed
-        if measured:
-            moments = merge_over_processes(moments)
-            if moments is None: raise unreadable()
-            tokenizer = standardise(tokenizer, moments, pack)
-        processed = TokenStatistics(tokenizer.d, TIMES, seed + rank)
-        for z in held: processed.update(tokenizer.transform(z.to(tokenizer.transform.mean.device)))
-        held.clear()
-
-    if not measured: settle()
-    bar = tqdm(total=min(share(limit), len(order)) if order is not None else limit, desc=f'encoding with {tokenizer.name}', unit='image', disable=not (progress and state.is_main_process))
-    for x, _ in source.batches(batch_size, order, share(limit)):
-        z = tokenizer.raw_latents(x)
-        raw.update(z)
-        bar.update(len(x))
-        if processed is not None:
-            processed.update(tokenizer.transform(z))
-            continue
-        held.append(z.cpu())
-        rows = channel_rows(tokenizer, z, pack)
-        moments = (moments or RunningMoments(rows.shape[1])).update(rows)
-        if sum(len(h) for h in held) >= share(hold): settle()
-    bar.close()
-    if processed is None: settle()
-    if world > 1:
-        parts: list[list] = [[]]*world
-        torch.distributed.all_gather_object(parts, source.skipped)
-        source.skipped = [name for part in parts for name in part]
+    latents = _encode_stream(tokenizer, source, order, -(-limit//world), batch_size, raw, progress)
+    held: list[Tensor] = []
+    if wants_statistics(tokenizer, statistics):
+        moments, held = _measure_beginning(tokenizer, latents, -(-hold//world), pack)
+        if moments is None: raise _unreadable(source)
+        tokenizer = standardise(tokenizer, moments, pack)
+    processed = _flow_statistics(tokenizer, held, latents, seed + rank)
+    _gather_skipped(source)
     raw = merge_over_processes(raw)
-    if not raw.lengths.count: raise unreadable()
+    if not raw.lengths.count: raise _unreadable(source)
     return tokenizer, raw, merge_over_processes(processed)
 
+# %% ../nbs/11_experiments.ipynb #112cc691
+def _plain_transform(tokenizer: Tokenizer) -> dict:
+    "A tokenizer's transform without the numbers of its channels."
+    return {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}
+
+# %% ../nbs/11_experiments.ipynb #0cb9cc58
+def _analysis_entry(
+    name: str, tokenizer: Tokenizer, source: ImageSource, raw: TokenStatistics, processed: TokenStatistics, seed: int
+) -> dict:
+    "One tokenizer's entry of analysis.json."
+    both = {'raw': raw.summary(), 'processed': processed.summary()}
+    protocol = {
+        'latent_identity': tokenizer.latent_identity,
+        'transform': _plain_transform(tokenizer),
+        'standardised': tokenizer.transform.config['std'] is not None,
+        'images': source.understood,
+        'image_size': source.size,
+        'skipped': len(source.skipped),
+        'skipped_first': source.skipped[:10],
+    }
+    return {'row': geometry_row(name, both['raw'], both['processed']), **both, 'protocol': protocol,
+            'environment': environment([seed])}
+
+# %% ../nbs/11_experiments.ipynb #7c32d627
 def analyze_study(
     tokenizer: Tokenizer,   # vanilla
     source: ImageSource,    # images
@@ -617,30 +1007,36 @@ def analyze_study(
     **options               # of `analyze_tokens`
 ) -> dict: # analysis.json: name -> {'row', 'raw', 'processed', 'protocol', 'environment'}
     "Is this latent space a sphere? Writes analysis.json, table.csv, and geometry.png and .svg, whole or not at all."
-    import matplotlib.pyplot as plt
-    import pandas as pd
     apart_from(source, out)
-    out, name = claim(out, 'an analysis', make=False), name or tokenizer.name
-    file, found = out/'analysis.json', {}
-    if file.exists(): found = read_json(file, 'table of slfm_analyze', 'use another output folder')
+    out = claim(out, 'an analysis', make=False)
+    name = name or tokenizer.name
+    file = out/'analysis.json'
+    found = read_json(file, 'table of slfm_analyze', 'use another output folder') if file.exists() else {}
     tokenizer, raw, processed = analyze_tokens(tokenizer, source, **options)
     claim(out, 'an analysis')
     if not processes().is_main_process: return {}
-    both = {'raw': raw.summary(), 'processed': processed.summary()}
-    protocol = {'latent_identity': tokenizer.latent_identity, 'transform': {k: v for k, v in tokenizer.transform.config.items() if k not in ('mean', 'std')}, 'standardised': tokenizer.transform.config['std'] is not None,
-                'images': source.understood, 'image_size': source.size, 'skipped': len(source.skipped), 'skipped_first': source.skipped[:10]}
-    found[name] = {'row': geometry_row(name, both['raw'], both['processed']), **both, 'protocol': protocol, 'environment': environment([options.get('seed', 0)])}
-    write_json(out/'analysis.json', found)
-    with atomic_write(out/'table.csv') as f: pd.DataFrame([r['row'] for r in found.values()]).to_csv(f, index=False)
-    figure = plot_geometry(found)
-    for format in ('png', 'svg'):
-        save_figure(figure, out/f'geometry.{format}')
-    plt.close(figure)
+    found[name] = _analysis_entry(name, tokenizer, source, raw, processed, options.get('seed', 0))
+    _write_analysis(out, found)
     return found
 
+# %% ../nbs/11_experiments.ipynb #27b327bf
+def _write_analysis(out: Path, found: dict):
+    "Table and figure of all tokenizers that a folder knows."
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    write_json(out/'analysis.json', found)
+    with atomic_write(out/'table.csv') as f:
+        pd.DataFrame([r['row'] for r in found.values()]).to_csv(f, index=False)
+    figure = plot_geometry(found)
+    for form in ('png', 'svg'):
+        save_figure(figure, out/f'geometry.{form}')
+    plt.close(figure)
+
+# %% ../nbs/11_experiments.ipynb #f7f58349
 #: Names of `load_tokenizer` -> names in data/paper.csv.
 PAPER_NAMES = {'flux2': 'FLUX.2', 'vavae': 'VA-VAE', 'repae-flux1': 'REPA-E FLUX.1'}
 
+# %% ../nbs/11_experiments.ipynb #d56071eb
 def paper_geometry(
     name: str # a name of `load_tokenizer`
 ) -> dict: # metric -> value; empty for tokenizers the paper does not have
@@ -648,6 +1044,73 @@ def paper_geometry(
     import pandas as pd
     table = pd.read_csv(DATA/'paper.csv').query('table == "geometry"')
     return dict(table[table.tokenizer == PAPER_NAMES.get(name)][['metric', 'value']].itertuples(index=False))
+
+# %% ../nbs/11_experiments.ipynb #6d136bec
+def _encode_shuffled(
+    tokenizer: Tokenizer, source: ImageSource, count: int, batch_size: int, seed: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    "Latents and labels of a random choice of images. Raises `ValueError` if none can be read."
+    where = next(tokenizer.parameters()).device
+    encoded, classes = [], []
+    batches = source.batches(batch_size, source.shuffled(seed), count)
+    for x, labels in tqdm(batches, desc=f'encoding with {tokenizer.name}', unit='batch', disable=not progress):
+        encoded.append(tokenizer.encode(x.to(where)).cpu())
+        classes.append(labels)
+    if not encoded: raise _unreadable(source)
+    return torch.cat(encoded), torch.cat(classes)
+
+# %% ../nbs/11_experiments.ipynb #046c98a0
+def _probe_decoder(
+    tokenizer: Tokenizer, z: Tensor, pairs: tuple[Tensor, Tensor], judges: dict, count: int, batch_size: int, seed: int,
+    progress: bool
+) -> tuple[dict, dict]:
+    "Swaps of pairs, and what a probe finds in them and in the first `count` latents, as it looks in JSON."
+    options: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
+    swaps = probe_swaps(tokenizer, z, *pairs, judges, batch_size, progress)
+    turned = sensitivity(tokenizer, z[:count], judges, **options)
+    return swaps, {
+        'summary': summarise_swaps(swaps),
+        'values': {s: {k: [round(v, 5) for v in x.tolist()] for k, x in per.items()} for s, per in swaps.items()},
+        'displacement': swap_displacement(z, *pairs),
+        'sensitivity': turned,
+        'equal_displacement': {k: equal_displacement(turned, k) for k in judges},
+        'response': radius_response(tokenizer, z[:count], **options),
+    }
+
+# %% ../nbs/11_experiments.ipynb #8d4231fd
+def _probe_protocol(
+    tokenizer: Tokenizer, source: ImageSource, total: int, anchors: int, neighbours: str, count: int, missing: dict
+) -> dict:
+    "What a probe looked at."
+    return {
+        'tokenizer': tokenizer.name,
+        'latent_identity': tokenizer.latent_identity,
+        'images': source.understood,
+        'image_size': source.size,
+        'anchors': anchors,
+        'without_partner': total - anchors,
+        'neighbours': neighbours,
+        'sensitivity_images': min(count, total),
+        'skipped': len(source.skipped),
+        'not_available': sorted(missing),
+    }
+
+# %% ../nbs/11_experiments.ipynb #fff4b0b7
+def _save_probe_figures(out: Path, swaps: dict, result: dict, judges: dict, strip):
+    "Figures of a probe as PNG files, closed afterwards; swaps and sensitivity have a panel per distance."
+    import matplotlib.pyplot as plt
+    drawn: dict[str, Any] = {'response': plot_response(result['response']).figure, 'strip': strip}
+    panels: tuple[tuple[str, Any, Any], ...] = (
+        ('swaps', plot_swaps, swaps),
+        ('sensitivity', plot_sensitivity, result['sensitivity']))
+    for name, plot, found in panels:
+        size = 5.5*len(judges), 3.2
+        drawn[name], axes = plt.subplots(1, len(judges), figsize=size, squeeze=False, layout='constrained')
+        for judge, ax in zip(judges, axes[0]):
+            plot(found, judge, ax)
+    for name, figure in drawn.items():
+        save_figure(figure, out/f'{name}.png')
+        plt.close(figure)
 
 # %% ../nbs/11_experiments.ipynb #fd158953
 @torch.no_grad()
@@ -662,118 +1125,75 @@ def probe_study(
     batch_size: int = 32,          # images at a time
     seed: int = 0,                 # of images, partners and directions
     progress: bool = True          # show progress bars
-) -> dict: # 'summary', 'values', 'displacement', 'sensitivity', 'equal_displacement', 'response', 'protocol', 'environment'
+) -> dict: # 'summary', 'values', 'displacement', 'sensitivity', 'equal_displacement', 'response', 'protocol', ...
     """What does this decoder read? Swaps, their displacement, and sensitivity to lengths and directions.
 
-    Writes probe.json and swaps.png, strip.png, sensitivity.png, response.png. Raises `ValueError` if no image has a partner.
+    Writes probe.json, and swaps, strip, sensitivity, response as PNG. Raises `ValueError` if no image has a partner.
     """
-    import matplotlib.pyplot as plt
-    where = next(tokenizer.parameters()).device
     apart_from(source, out)
     claim(out, 'a probe', make=False)
     check_range(1, count=count, sensitivity_count=sensitivity_count, batch_size=batch_size)
     judges, missing = get_distances(distances) if isinstance(distances, str) else distances
-    encoded, classes = [], []
-    bar = tqdm(source.batches(batch_size, source.shuffled(seed), count), desc=f'encoding with {tokenizer.name}', unit='batch', disable=not progress)
-    for x, labels in bar:
-        encoded.append(tokenizer.encode(x.to(where)).cpu())
-        classes.append(labels)
-    if not encoded:
-        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
-    z, y = torch.cat(encoded), torch.cat(classes)
-    anchors, partner = find_partners(y, torch.Generator().manual_seed(seed), neighbours)
-    swaps = probe_swaps(tokenizer, z, anchors, partner, judges, batch_size, progress)
-    some = z[:sensitivity_count]
-    turned = sensitivity(tokenizer, some, judges, seed=seed, batch_size=batch_size, progress=progress)
-    layers = radius_response(tokenizer, some, seed=seed, batch_size=batch_size, progress=progress)
-    result = {'summary': summarise_swaps(swaps), 'values': {s: {k: [round(v, 5) for v in x.tolist()] for k, x in per.items()} for s, per in swaps.items()},
-              'displacement': swap_displacement(z, anchors, partner), 'sensitivity': turned,
-              'equal_displacement': {k: equal_displacement(turned, k) for k in judges}, 'response': layers,
-              'protocol': {'tokenizer': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'images': source.understood, 'image_size': source.size, 'anchors': len(anchors), 'without_partner': len(y) - len(anchors),
-                           'neighbours': neighbours, 'sensitivity_images': len(some), 'skipped': len(source.skipped), 'not_available': sorted(missing)}, 'environment': environment([seed])}
+    z, y = _encode_shuffled(tokenizer, source, count, batch_size, seed, progress)
+    pairs = find_partners(y, torch.Generator().manual_seed(seed), neighbours)
+    swaps, result = _probe_decoder(tokenizer, z, pairs, judges, sensitivity_count, batch_size, seed, progress)
+    result['protocol'] = _probe_protocol(tokenizer, source, len(z), len(pairs[0]), neighbours, sensitivity_count,
+                                         missing)
+    result['environment'] = environment([seed])
     out = claim(out, 'a probe')
     write_json(out/'probe.json', result)
-    figures = {'swaps': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained'), 'sensitivity': plt.subplots(1, len(judges), figsize=(5.5*len(judges), 3.2), squeeze=False, layout='constrained')}
-    for (name, (figure, axes)), draw in zip(figures.items(), (lambda k, ax: plot_swaps(swaps, k, ax), lambda k, ax: plot_sensitivity(turned, k, ax))):
-        for k, ax in zip(judges, axes[0]): draw(k, ax)
-    drawn: dict[str, Any] = {name: figure for name, (figure, _) in figures.items()} | {'response': plot_response(layers).figure, 'strip': swap_strip(tokenizer, z, anchors, partner, 12).figure}
-    for name, figure in drawn.items():
-        save_figure(figure, out/f'{name}.png')
-        plt.close(figure)
+    _save_probe_figures(out, swaps, result, judges, swap_strip(tokenizer, z, *pairs, 12).figure)
     return result
 
+# %% ../nbs/11_experiments.ipynb #1edbcabf
 def probe_lines(
     result: dict # from `probe_study`
 ) -> list[str]: # lines for people
     "What the probe found: how far each swap moves image and tokens, then the sensitivity at equal displacement."
     lines = []
     for k, found in result['summary'].items():
-        lines.append(f'{k}: the decoded image moves by')
-        for swap, (mean, low, high) in found['mean'].items(): lines.append(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
-    lines.append('the tokens move, relative to their norms, by')
-    for swap, (mean, low, high) in result['displacement'].items():
-        lines.append(f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]')
-    lines.append('at equal displacement, up to 0.5, scaling tokens moves the image compared with rotating them')
+        lines += [f'{k}: the decoded image moves by', *_swap_lines(found['mean'])]
+    lines += ['the tokens move, relative to their norms, by', *_swap_lines(result['displacement']),
+              'at equal displacement, up to 0.5, scaling tokens moves the image compared with rotating them']
     for k, found in result['equal_displacement'].items():
         low, high = found['scaled']
         lines.append(f'{k:>20} {low:.1f} to {high:.1f} times as far')
     return lines
 
-# %% ../nbs/11_experiments.ipynb #b05ed9dd
-def finetune_study(
-    tokenizer: Tokenizer,                   # vanilla flow coordinates, standardised
-    images,                                 # [N, 3, H, W] in [-1, 1], or an `ImageSource`
-    out: str | Path,                        # output folder; what is finished there is reused
-    config: FinetuneConfig | None = None,   # None means the defaults
-    arms: tuple = ('spherical', 'control'), # which decoders
-    held_out: Tensor | None = None,         # images [M, 3, H, W] neither decoder is trained on; None takes the first of `images`
-    extractor: str = 'auto',                # features for rFID or rFD: a key of `EXTRACTORS`, 'auto' (Inception or else EfficientNet) or 'none'
-    progress: bool = True                   # show progress bars
-) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
-    "Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder. Raises `ValueError` for unknown arms, and what `finetune_decoder` raises."
-    check_finetune(arms, extractor)
-    if isinstance(images, ImageSource): apart_from(images, out)
-    out, config = claim(out, 'finetuning'), config or FinetuneConfig()
-    seen = held_out is None
-    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
-    variant = lambda spherical: Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
-    pipelines = {'original': variant(False), 'original, projected': variant(True)}
-    for arm in arms:
-        pipelines[f'finetuned {arm}'], _ = finetune_decoder(variant(arm == 'spherical'), images, config, out/arm, held_out, progress)
-        if processes().is_main_process: pipelines[f'finetuned {arm}'].save_pretrained(out/arm/'tokenizer')
-    processes().wait_for_everyone()
-    if not processes().is_main_process: return {}
-    features, used = _rfid_features(extractor)
-    distances, missing = get_distances('lpips-vgg,lpips-alex', strict=False)
-    distances['mse'] = lambda a, b: (a - b).square().mean((1, 2, 3))
-    try: distances['efficientnet-perceptual'] = efficientnet_distance()
-    except ConnectionError as e: missing['efficientnet-perceptual'] = str(e)
-    known = None if features is None else torch.cat([features(x) for x in held_out.split(64)])
-    measure = lambda t, decoder=None: reconstruction_metrics(t, held_out, features, distances, decoder, reference=known, extractor=used or 'none')
-    result: dict[str, Any] = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
-    if len(arms) == 2:
-        spherical, control = pipelines['finetuned spherical'], pipelines['finetuned control']
-        result['decoder_swap'] = {'spherical tokens, control decoder': measure(spherical, control), 'vanilla tokens, spherical decoder': measure(control, spherical)}
-    first = next(iter(pipelines.values()))
-    result |= {'config': asdict(config), 'protocol': {'tokenizer': first.name, 'latent_identity': first.latent_identity, 'transform': {k: v for k, v in first.transform.config.items() if k not in ('mean', 'std')},
-               'image_size': list(held_out.shape[2:]), 'train_images': len(images), 'images': images.understood if isinstance(images, ImageSource) else None, 'held_out': len(held_out), 'held_out_was_trained_on': seen, 'extractor': used, 'not_available': sorted(missing)},
-               'logs': {arm: [json.loads(line) for line in (out/arm/'log.jsonl').read_text().splitlines()] for arm in arms}, 'environment': environment([config.seed])}
-    write_json(out/'evaluation.json', result)
-    with torch.no_grad(): rows = [t.decode(t.encode(held_out[:12].to(next(t.parameters()).device))).cpu() for t in pipelines.values()]
-    save_grid(torch.cat([held_out[:12], *rows]), out/'strip.png', columns=min(12, len(held_out)))
-    return result
+# %% ../nbs/11_experiments.ipynb #5395ea30
+def _swap_lines(found: dict) -> list[str]:
+    "A line per swap: mean and interval."
+    return [f'{swap:>20} {mean:.4f} [{low:.4f}, {high:.4f}]' for swap, (mean, low, high) in found.items()]
 
-def readable(
-    source: ImageSource,         # images
-    limit: int,                  # how many at most
-    order: Tensor | None = None  # as for `ImageSource.stream`
-) -> Tensor: # [n, 3, H, W] in [-1, 1]
-    "Some images of a source as one tensor. Raises `ValueError` if none can be read."
-    found = [x for x, _ in source.stream(order, limit)]
-    if not found:
-        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
-    return torch.stack(found)
+# %% ../nbs/11_experiments.ipynb #065adff6
+def starting_tokenizer(
+    name_or_path: str,       # as for `load_tokenizer`
+    source: ImageSource,     # images to measure statistics on
+    out: str | Path,         # output folder of a study
+    purpose: str,            # what it is claimed for
+    device: str = 'cpu',     # where to put it
+    **statistics             # 'mode', 'pack', 'seed', ... of `with_statistics`
+) -> Tokenizer: # vanilla
+    """The tokenizer that a study starts from, kept in `out`/start.
 
+    A study that goes on uses the very same statistics. Raises `ValueError` if what is kept there has other weights.
+    """
+    folder = Path(out)/'start'
+    tokenizer = load_tokenizer(name_or_path, spherical=False, device=device)
+    tokenizer.latent_shape(source.size, source.size)
+    apart_from(source, out)
+    claim(out, purpose, make=False)
+    if not told_by_main(folder.exists()):
+        tokenizer = with_statistics(tokenizer, source, **statistics)
+        claim(out, purpose)
+        if processes().is_main_process: tokenizer.save_pretrained(folder)
+        processes().wait_for_everyone()
+        return load_tokenizer(folder, device=device)
+    kept = load_tokenizer(folder, device=device)
+    if Tokenizer(kept.autoencoder).identity == Tokenizer(tokenizer.autoencoder).identity: return kept
+    raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')
+
+# %% ../nbs/11_experiments.ipynb #5cf19f1d
 def check_finetune(
     arms: tuple,   # which decoders
     extractor: str # features for the distance of reconstructions
@@ -784,35 +1204,131 @@ def check_finetune(
     if extractor not in ('auto', 'none', *EXTRACTORS):
         raise ValueError(f'unknown extractor {extractor!r}: choose auto, none or one of {", ".join(EXTRACTORS)}')
 
-def starting_tokenizer(
-    name_or_path: str,       # as for `load_tokenizer`
-    source: ImageSource,     # images to measure statistics on
-    out: str | Path,         # output folder of a study
-    purpose: str,            # what it is claimed for
-    device: str = 'cpu',     # where to put it
-    **statistics             # 'mode', 'pack', 'seed', ... of `with_statistics`
-) -> Tokenizer: # vanilla
-    "The tokenizer that a study starts from, kept in `out`/start so that a study that goes on uses the very same statistics. Raises `ValueError` if what is kept there has other weights."
-    folder, tokenizer = Path(out)/'start', load_tokenizer(name_or_path, spherical=False, device=device)
-    tokenizer.latent_shape(source.size, source.size)
-    apart_from(source, out)
-    claim(out, purpose, make=False)
-    if told_by_main(folder.exists()):
-        kept = load_tokenizer(folder, device=device)
-        plain = lambda t: Tokenizer(t.autoencoder).identity
-        if plain(kept) != plain(tokenizer): raise ValueError(f'{folder} was made from another tokenizer than {name_or_path}: use another output folder')
-        return kept
-    tokenizer = with_statistics(tokenizer, source, **statistics)
-    claim(out, purpose)
-    if processes().is_main_process: tokenizer.save_pretrained(folder)
-    processes().wait_for_everyone()
-    return load_tokenizer(folder, device=device)
+# %% ../nbs/11_experiments.ipynb #5265206a
+def readable(
+    source: ImageSource,         # images
+    limit: int,                  # how many at most
+    order: Tensor | None = None  # as for `ImageSource.stream`
+) -> Tensor: # [n, 3, H, W] in [-1, 1]
+    "Some images of a source as one tensor. Raises `ValueError` if none can be read."
+    found = [x for x, _ in source.stream(order, limit)]
+    if not found: raise _unreadable(source)
+    return torch.stack(found)
 
+# %% ../nbs/11_experiments.ipynb #fcd752b5
+def _finetune_pipelines(
+    tokenizer: Tokenizer, images, out: Path, config: FinetuneConfig, arms: tuple, held_out: Tensor, progress: bool
+) -> dict[str, Tokenizer]:
+    "The tokenizer with and without projection, and with each finetuned decoder, which is saved."
+    def variant(spherical):
+        other = Tokenizer(tokenizer.autoencoder, tokenizer.transform, spherical, tokenizer.name)
+        return other.to(next(tokenizer.parameters()).device)
+    pipelines = {'original': variant(False), 'original, projected': variant(True)}
+    for arm in arms:
+        tuned, _ = finetune_decoder(variant(arm == 'spherical'), images, config, out/arm, held_out, progress)
+        if processes().is_main_process: tuned.save_pretrained(out/arm/'tokenizer')
+        pipelines[f'finetuned {arm}'] = tuned
+    processes().wait_for_everyone()
+    return pipelines
+
+# %% ../nbs/11_experiments.ipynb #548868cd
 def _rfid_features(extractor: str) -> tuple:
     "Feature function and its name; 'auto' takes Inception, or EfficientNet where its weights cannot be had."
     if extractor == 'none': return None, None
     for name in ('inception', 'efficientnet') if extractor == 'auto' else (extractor,):
-        try: return feature_function(name), name
+        try:
+            return feature_function(name), name
         except ConnectionError:
             if extractor != 'auto': raise
     return None, None
+
+# %% ../nbs/11_experiments.ipynb #97108bc2
+def _squared_error(a: Tensor, b: Tensor) -> Tensor:
+    "Mean squared difference of each image."
+    return (a - b).square().mean((1, 2, 3))
+
+def _reconstruction_distances() -> tuple[dict, dict]:
+    "Distances between image and reconstruction, and the reason for each that is missing."
+    distances, missing = get_distances('lpips-vgg,lpips-alex', strict=False)
+    distances['mse'] = _squared_error
+    try:
+        distances['efficientnet-perceptual'] = efficientnet_distance()
+    except ConnectionError as e:
+        missing['efficientnet-perceptual'] = str(e)
+    return distances, missing
+
+# %% ../nbs/11_experiments.ipynb #998183d7
+def _measure_pipelines(pipelines: dict[str, Tokenizer], held_out: Tensor, extractor: str) -> tuple[dict, dict]:
+    "Reconstructions of every pipeline, and of tokens through each other's decoder; the judges that were there."
+    features, used = _rfid_features(extractor)
+    distances, missing = _reconstruction_distances()
+    known = None if features is None else torch.cat([features(x) for x in held_out.split(64)])
+    def measure(tokens, decoder=None):
+        return reconstruction_metrics(tokens, held_out, features, distances, decoder, reference=known,
+                                      extractor=used or 'none')
+    result: dict[str, dict] = {'pipelines': {k: measure(t) for k, t in pipelines.items()}, 'decoder_swap': {}}
+    spherical, control = pipelines.get('finetuned spherical'), pipelines.get('finetuned control')
+    if spherical and control:
+        result['decoder_swap'] = {
+            'spherical tokens, control decoder': measure(spherical, control),
+            'vanilla tokens, spherical decoder': measure(control, spherical),
+        }
+    return result, {'extractor': used, 'not_available': sorted(missing)}
+
+# %% ../nbs/11_experiments.ipynb #a0ca998f
+def _save_strip(pipelines: dict[str, Tokenizer], images: Tensor, file: Path):
+    "A row of images, and below it a row of reconstructions per pipeline."
+    with torch.no_grad():
+        rows = [t.decode(t.encode(images.to(next(t.parameters()).device))).cpu() for t in pipelines.values()]
+    save_grid(torch.cat([images, *rows]), file, columns=len(images))
+
+# %% ../nbs/11_experiments.ipynb #7feb0fd6
+def _read_log(file: Path) -> list[dict]:
+    "Rows of a log, one a line."
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+# %% ../nbs/11_experiments.ipynb #f1a09c0b
+def _finetune_protocol(tokenizer: Tokenizer, images, held_out: Tensor, seen: bool) -> dict:
+    "What decoders were finetuned and measured on."
+    return {
+        'tokenizer': tokenizer.name,
+        'latent_identity': tokenizer.latent_identity,
+        'transform': _plain_transform(tokenizer),
+        'image_size': list(held_out.shape[2:]),
+        'train_images': len(images),
+        'images': images.understood if isinstance(images, ImageSource) else None,
+        'held_out': len(held_out),
+        'held_out_was_trained_on': seen,
+    }
+
+# %% ../nbs/11_experiments.ipynb #b05ed9dd
+def finetune_study(
+    tokenizer: Tokenizer,                   # vanilla flow coordinates, standardised
+    images,                                 # [N, 3, H, W] in [-1, 1], or an `ImageSource`
+    out: str | Path,                        # output folder; what is finished there is reused
+    config: FinetuneConfig | None = None,   # None means the defaults
+    arms: tuple = ('spherical', 'control'), # which decoders
+    held_out: Tensor | None = None,         # images [M, 3, H, W] nothing is trained on; None: the first of `images`
+    extractor: str = 'auto',                # for rFID or rFD: a key of `EXTRACTORS`, 'none', or 'auto' as it can be had
+    progress: bool = True                   # show progress bars
+) -> dict: # 'pipelines', 'decoder_swap', 'config', 'protocol', 'logs', 'environment'
+    """Finetune decoders and compare reconstructions; writes evaluation.json, and each tokenizer as a diffusers folder.
+
+    Raises `ValueError` for unknown arms, and what `finetune_decoder` raises.
+    """
+    check_finetune(arms, extractor)
+    if isinstance(images, ImageSource): apart_from(images, out)
+    out = claim(out, 'finetuning')
+    config = config or FinetuneConfig()
+    seen = held_out is None
+    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
+    pipelines = _finetune_pipelines(tokenizer, images, out, config, arms, held_out, progress)
+    if not processes().is_main_process: return {}
+    result, judges = _measure_pipelines(pipelines, held_out, extractor)
+    result['config'] = asdict(config)
+    result['protocol'] = _finetune_protocol(pipelines['original'], images, held_out, seen) | judges
+    result['logs'] = {arm: _read_log(out/arm/'log.jsonl') for arm in arms}
+    result['environment'] = environment([config.seed])
+    write_json(out/'evaluation.json', result)
+    _save_strip(pipelines, held_out[:12], out/'strip.png')
+    return result

@@ -11,11 +11,11 @@ __all__ = ['EXTRACTORS', 'FIGURES', 'DigitExtractor', 'EfficientNetExtractor', '
 # %% ../nbs/10_fidelity.ipynb #6df2f956
 import hashlib
 import json
-import zipfile
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ from .paths import Path as FlowPath
 from .probes import cached_weights, efficientnet_lite0, load_digit_features
 from .sampling import sample
 from .sphere import check_range
-from .tokenizers import MANIFEST, Tokenizer, atomic_write, claim, claim_file, locked, read_manifest, remove_listed, to_uint8, write_json
+from .tokenizers import (
+    MANIFEST, Tokenizer, atomic_write, claim, claim_file, locked, read_manifest, remove_listed, to_uint8, write_json)
 
 # %% ../nbs/10_fidelity.ipynb #f2782899
 _all_ = ['frechet_distance', 'to_uint8']
@@ -69,35 +70,57 @@ class _Extractor(FeatureExtractorBase):
         known = {'features': f, 'logits': self.head(f), 'spatial': spatial}
         return tuple(known[k] for k in self.features_list)
 
+# %% ../nbs/10_fidelity.ipynb #f81314d7
 class DigitExtractor(_Extractor):
     "The digit classifier: 64 features, 10 logits."
     def __init__(self, name: str, features_list: list, **kwargs):
         super().__init__(name, features_list)
         self.net = load_digit_features()
-        self.embed, self.head = lambda x: (self.net(x), None), self.net.head
+        self.head = self.net.head
 
+    def embed(self,
+        x: Tensor # images [B, 3, 16, 16] in [-1, 1]
+    ) -> tuple: # features [B, 64], None
+        "Last features."
+        return self.net(x), None
+
+# %% ../nbs/10_fidelity.ipynb #ffeb7921
+def _flat(maps: Tensor, channels: int) -> Tensor:
+    "The first channels of maps [B, c, h, w] as one vector per image [B, h w channels]."
+    return maps[:, :channels].permute(0, 2, 3, 1).flatten(1)
+
+# %% ../nbs/10_fidelity.ipynb #e97aa7a2
 class EfficientNetExtractor(_Extractor):
-    "EfficientNet-Lite0: 1,280 features, 1,000 logits, and 10 channels of 14 x 14 from the middle of the network, of images resized to 224 px."
+    """EfficientNet-Lite0: 1,280 features, 1,000 logits, and a map from the middle of the network.
+
+    The map has 10 channels of 14 x 14. Images are resized to 224 px.
+    """
     side = 224
     def __init__(self, name: str, features_list: list, **kwargs):
         super().__init__(name, features_list)
         self.net: Any = efficientnet_lite0()
         self.head = self.net.classifier
-        self.net.blocks[4].register_forward_hook(lambda module, given, out: setattr(self, '_middle', out[:, :10].permute(0, 2, 3, 1).flatten(1)))
+        self.net.blocks[4].register_forward_hook(lambda module, given, out: setattr(self, '_middle', _flat(out, 10)))
 
     def embed(self,
         x: Tensor # images [B, 3, H, W] in [-1, 1]
     ) -> tuple: # features [B, 1280], spatial features
         "Last and middle features, at 224 px."
-        x = F.interpolate(x, size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1) # its mean and deviation are 0.5: [-1, 1] is what it wants
+        # the mean and deviation of its training are 0.5: [-1, 1] is what it wants
+        x = F.interpolate(x, size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1)
         return self.net.forward_head(self.net.forward_features(x), pre_logits=True), self._middle
 
+# %% ../nbs/10_fidelity.ipynb #5898a257
 class InceptionExtractor(FeatureExtractorInceptionV3):
-    "The original Inception with the layer that ADM's sFID looks at: the first 7 channels of a convolution with 17 x 17 positions."
+    """The original Inception with the layer that ADM's sFID looks at.
+
+    That layer is the first 7 channels of a convolution with 17 x 17 positions.
+    """
     def __init__(self, name: str, features_list: list, **kwargs):
         self._wanted = list(features_list)
         super().__init__(name, [f for f in features_list if f != 'spatial'], **kwargs)
-        self.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: setattr(self, '_middle', out[:, :7].permute(0, 2, 3, 1).flatten(1).float()))
+        self.Mixed_6d.branch1x1.register_forward_hook(
+            lambda module, given, out: setattr(self, '_middle', _flat(out, 7).float()))
 
     @staticmethod
     def get_provided_features_list() -> tuple: # names
@@ -122,6 +145,7 @@ class Extractor(NamedTuple):
     width: int | None = None # of the features, if it is always the same
     side: int | None = None  # the only size of images that it takes, in pixels
 
+# %% ../nbs/10_fidelity.ipynb #5837a256
 #: Feature extractors by name.
 EXTRACTORS = {
     'inception': Extractor('slfm-inception', '2048', 'logits_unbiased', 'spatial',
@@ -130,7 +154,10 @@ EXTRACTORS = {
                               'bicubic (antialiased) to 224 px inside the extractor', 1280),
     'digits': Extractor('slfm-digits', 'features', 'logits', None, 'none, 16 px', 64, 16),
 }
-for name, extractor in (('slfm-digits', DigitExtractor), ('slfm-efficientnet', EfficientNetExtractor), ('slfm-inception', InceptionExtractor)):
+
+# %% ../nbs/10_fidelity.ipynb #24f2695a
+for name, extractor in (('slfm-digits', DigitExtractor), ('slfm-efficientnet', EfficientNetExtractor),
+                        ('slfm-inception', InceptionExtractor)):
     if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, extractor)
 
 # %% ../nbs/10_fidelity.ipynb #76c79e67
@@ -139,6 +166,7 @@ def _extractor(name: str) -> Extractor:
     if name not in EXTRACTORS: raise ValueError(f'unknown extractor {name!r}: choose one of {", ".join(EXTRACTORS)}')
     return EXTRACTORS[name]
 
+# %% ../nbs/10_fidelity.ipynb #74569f67
 def _network(extractor: str, parts: tuple) -> Callable:
     "Images as uint8 -> tuple of layers."
     e = _extractor(extractor)
@@ -147,6 +175,7 @@ def _network(extractor: str, parts: tuple) -> Callable:
     if extractor != 'inception': return load()
     return cached_weights(load, 'the Inception weights', URL_INCEPTION_V3, 'choose another extractor')
 
+# %% ../nbs/10_fidelity.ipynb #a6278b35
 def _check_side(extractor: str, images: Tensor):
     "Refuse images of a size that an extractor does not take."
     side, (height, width) = _extractor(extractor).side, images.shape[2:]
@@ -167,17 +196,20 @@ def feature_function(
     def extract(images: Tensor):
         _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)
-        with torch.no_grad(), torch.autocast(device, enabled=False): # figures are those of float32 features, whatever made the images
+        # figures are those of float32 features, whatever made the images
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             found = dict(zip(parts, (f.float().cpu() for f in net(x))))
         return found if len(parts) > 1 else found[parts[0]]
     return extract
 
+# %% ../nbs/10_fidelity.ipynb #6b3b656e
 def all_parts(
     extractor: str # a key of `EXTRACTORS`
 ) -> tuple: # names for `feature_function`
     "What an extractor has."
     return ('features', 'logits', 'spatial')[:2 + (_extractor(extractor).spatial is not None)]
 
+# %% ../nbs/10_fidelity.ipynb #83ab500d
 def extract_features(
     images: Tensor | Iterable[Tensor], # [N, 3, H, W] in [-1, 1], or batches of such
     extractor: str = 'inception',      # a key of `EXTRACTORS`
@@ -197,10 +229,12 @@ def save_reference(
     "Write mean and covariance in ADM's format. Raises `FileExistsError` if somebody else's file is there."
     stored: dict[str, Any] = {'count': len(features['features']), 'made_by': 'spherical_lfm'}
     for part, suffix in (('features', ''), ('spatial', '_s')):
-        if part in features: stored |= {f'{k}{suffix}': v for k, v in fid_features_to_statistics(features[part].double()).items()}
-    with atomic_write(claim_file(path)) as tmp:
-        with open(tmp, 'wb') as h: np.savez(h, **stored)
+        if part not in features: continue
+        stored |= {f'{k}{suffix}': v for k, v in fid_features_to_statistics(features[part].double()).items()}
+    with atomic_write(claim_file(path)) as tmp, open(tmp, 'wb') as h:
+        np.savez(h, **stored)
 
+# %% ../nbs/10_fidelity.ipynb #62094f41
 def load_reference(
     path: str | Path,             # an .npz file with mu and sigma, or with images arr_0 [N, H, W, 3] uint8
     extractor: str = 'inception', # a key of `EXTRACTORS`, whose statistics they are, or which looks at the images
@@ -219,6 +253,7 @@ def load_reference(
                          'give the extractor it was made with')
     return found | _count(path, stored)
 
+# %% ../nbs/10_fidelity.ipynb #d7036c39
 def npz_batches(
     path: str | Path,     # an .npz file with arr_0 [N, H, W, 3] uint8
     batch_size: int = 64  # images at a time
@@ -237,26 +272,31 @@ def is_npz(
     "Whether a source is an .npz file by its name, in small letters or capitals."
     return isinstance(source, (str, Path)) and Path(source).suffix.lower() == '.npz'
 
+# %% ../nbs/10_fidelity.ipynb #10e8617a
 def _open_npz(path: str | Path) -> Any:
     "The arrays of an .npz file, read when they are asked for."
     if not Path(path).is_file():
         raise FileNotFoundError(f'no .npz file at {path}: give one with statistics (mu, sigma) or images (arr_0)')
-    try: stored = np.load(path, allow_pickle=False)
+    try:
+        stored = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f'{path} is no .npz reference, or damaged ({type(e).__name__}): give another file') from e
     if not isinstance(stored, np.lib.npyio.NpzFile):
         raise ValueError(f'{path} is no .npz reference but a single array: store it with numpy.savez')
     return stored
 
+# %% ../nbs/10_fidelity.ipynb #e9fc209e
 def _array(path: str | Path, stored: Any, name: str) -> np.ndarray:
     "One array of an .npz file."
     if name not in stored.files:
         raise ValueError(f'{path} has no {name}, only {", ".join(stored.files)}: make the reference again')
-    try: return stored[name]
+    try:
+        return stored[name]
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f'{name} of {path} cannot be read ({type(e).__name__}): the file is damaged, make '
                          'it again') from e
 
+# %% ../nbs/10_fidelity.ipynb #3c418876
 def _moments(path: str | Path, stored: Any, suffix: str) -> dict:
     "Mean and covariance of a reference, after checking that they are that."
     mu, sigma = (_array(path, stored, f'{k}{suffix}') for k in ('mu', 'sigma'))
@@ -275,6 +315,7 @@ def _moments(path: str | Path, stored: Any, suffix: str) -> dict:
         raise ValueError(f'sigma{suffix} of {path} has a negative variance, so it is no covariance: {again}')
     return {f'mu{suffix}': mu, f'sigma{suffix}': sigma}
 
+# %% ../nbs/10_fidelity.ipynb #8250eb65
 def _count(path: str | Path, stored: Any) -> dict:
     "How many images a reference was made from, if it says so."
     if 'count' not in stored.files:
@@ -288,18 +329,21 @@ def _count(path: str | Path, stored: Any) -> dict:
                          'use at least 10, better thousands')
     return {'count': int(count.item())}
 
+# %% ../nbs/10_fidelity.ipynb #45172146
 def _npz_batches(path: str | Path, stored: Any, batch_size: int) -> Iterator[Tensor]:
     "Batches of arr_0, read at the first one."
     images = _array(path, stored, 'arr_0')
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise ValueError(f'arr_0 of {path} must be uint8 [N, H, W, 3], got {images.dtype} {images.shape}: '
                          'store 8-bit RGB images')
-    for k in range(0, len(images), batch_size): yield torch.from_numpy(images[k:k + batch_size]).permute(0, 3, 1, 2)
+    for k in range(0, len(images), batch_size):
+        yield torch.from_numpy(images[k:k + batch_size]).permute(0, 3, 1, 2)
 
 # %% ../nbs/10_fidelity.ipynb #d70cb3cc
 #: What `score_features` can compute.
 FIGURES = ('fid', 'sfid', 'kid', 'is', 'prc')
 
+# %% ../nbs/10_fidelity.ipynb #347a785d
 def distance_key(
     extractor: str # a key of `EXTRACTORS`
 ) -> str: # 'fid' or 'fd'
@@ -318,12 +362,58 @@ def distance_of(
     "The Fréchet distance among figures, by whichever name."
     return figures['fid'] if 'fid' in figures else figures['fd']
 
+# %% ../nbs/10_fidelity.ipynb #60ab0f4e
 def _gaussian(features: Tensor) -> dict: return fid_features_to_statistics(features.double())
 
 def _distance(a: dict, b: dict) -> float:
-    if a['mu'].shape != b['mu'].shape: raise ValueError(f'the reference has {b["mu"].shape[0]} features, the samples have {a["mu"].shape[0]}: another extractor?')
+    "The Fréchet distance of two Gaussians. Raises `ValueError` if they have another number of features."
+    if a['mu'].shape != b['mu'].shape:
+        raise ValueError(f'the reference has {b["mu"].shape[0]} features, the samples have {a["mu"].shape[0]}: '
+                         'another extractor?')
     return float(fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID])
 
+# %% ../nbs/10_fidelity.ipynb #eab89166
+def _gaussian_of(reference: dict, part: str, suffix: str) -> dict:
+    "Mean and covariance of a reference: stored ones, or those of its features."
+    if 'mu' not in reference: return _gaussian(reference[part])
+    return {'mu': reference[f'mu{suffix}'], 'sigma': reference[f'sigma{suffix}']}
+
+# %% ../nbs/10_fidelity.ipynb #c43d363b
+def _interval(figure: float, f: Tensor, there: dict, bootstrap: int, seed: int) -> list[float]:
+    "95 % interval of a Fréchet distance, from resampled features."
+    g = torch.Generator().manual_seed(seed)
+    drawn = (f[torch.randint(len(f), (len(f),), generator=g)] for _ in range(bootstrap))
+    spread = 1.96*float(np.std([_distance(_gaussian(x), there) for x in drawn], ddof=1))
+    return [figure - spread, figure + spread]
+
+# %% ../nbs/10_fidelity.ipynb #82ecd151
+def _paired_figures(a: Tensor, b: Tensor, metrics: tuple) -> dict:
+    "Figures of samples `a` against real ones `b`."
+    figures = {}
+    if 'kid' in metrics:
+        found = kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a), len(b)), verbose=False)
+        figures['kid'] = float(found[KEY_METRIC_KID_MEAN])
+    if 'prc' in metrics:
+        found = prc_features_to_metric(a, b, save_cpu_ram=True, verbose=False)
+        figures |= {'precision': float(found[KEY_METRIC_PRECISION]), 'recall': float(found[KEY_METRIC_RECALL])}
+    return figures
+
+# %% ../nbs/10_fidelity.ipynb #baceb05d
+def _check_features(what: str, x: dict):
+    "Refuse too few features, and such that are not finite."
+    if 'features' not in x: return
+    if len(x['features']) < 10: raise ValueError(f'{len(x["features"])} {what} are too few to compare distributions')
+    if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)):
+        raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
+
+def _finite(figures: dict) -> dict:
+    "Figures, if they are numbers."
+    for k, v in figures.items():
+        if np.isfinite(v).all(): continue
+        raise ValueError(f'{k} came out as {v}: the features are degenerate, look at the images and the reference')
+    return figures
+
+# %% ../nbs/10_fidelity.ipynb #ef7e4570
 def score_features(
     samples: dict,             # parts of an extractor -> [N, f]
     reference: dict,           # the same, or statistics from `load_reference`
@@ -331,41 +421,28 @@ def score_features(
     bootstrap: int = 0,        # resamplings for the interval of the Fréchet distance; 0 gives none
     seed: int = 0,             # of the bootstrap
     extractor: str = 'inception' # whose features these are: the Fréchet distance is called FID for Inception alone
-) -> dict: # 'fid' or 'fd' (see `distance_key`), the same with '_interval' and, spatial, with 's' before it; 'kid', 'is', 'precision', 'recall'
-    "Figures from features. Raises `ValueError` for features of another size, fewer than 10 samples, or values that are not finite."
+) -> dict: # 'fid' or 'fd', also with '_interval' and, if spatial, 's' before it; 'kid', 'is', 'precision', 'recall'
+    """Figures from features.
+
+    Raises `ValueError` for features of another size, fewer than 10 samples, or values that are not finite.
+    """
     for what, x in (('samples', samples), ('reference', reference)):
-        if 'features' not in x: continue
-        if len(x['features']) < 10: raise ValueError(f'{len(x["features"])} {what} are too few to compare distributions')
-        if not all(v.isfinite().all() for v in x.values() if torch.is_tensor(v)):
-            raise ValueError(f'features of the {what} contain NaN or Inf: look at the images, or extract in float32')
+        _check_features(what, x)
     if bootstrap: check_range(2, bootstrap=bootstrap)
-    stored, name = 'mu' in reference, distance_key(extractor)
+    name = distance_key(extractor)
     figures: dict[str, Any] = {}
-    moments = lambda part, suffix: {'mu': reference[f'mu{suffix}'], 'sigma': reference[f'sigma{suffix}']} if stored else _gaussian(reference[part])
     if 'fid' in metrics:
-        there = moments('features', '')
-        figures[name] = _distance(_gaussian(samples['features']), there)
-        if bootstrap:
-            g, f = torch.Generator().manual_seed(seed), samples['features']
-            spread = 1.96*float(np.std([_distance(_gaussian(f[torch.randint(len(f), (len(f),), generator=g)]), there) for _ in range(bootstrap)], ddof=1))
-            figures[f'{name}_interval'] = [figures[name] - spread, figures[name] + spread]
-    if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference): figures[f's{name}'] = _distance(_gaussian(samples['spatial']), moments('spatial', '_s'))
-    if 'is' in metrics and 'logits' in samples: figures['is'] = float(isc_features_to_metric(samples['logits'])[KEY_METRIC_ISC_MEAN])
-    if stored: return _finite(figures)
-    a, b = samples['features'], reference['features']
-    if 'kid' in metrics: figures['kid'] = float(kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a), len(b)), verbose=False)[KEY_METRIC_KID_MEAN])
-    if 'prc' in metrics:
-        found = prc_features_to_metric(a, b, save_cpu_ram=True, verbose=False)
-        figures |= {'precision': float(found[KEY_METRIC_PRECISION]), 'recall': float(found[KEY_METRIC_RECALL])}
+        f, there = samples['features'], _gaussian_of(reference, 'features', '')
+        figures[name] = _distance(_gaussian(f), there)
+        if bootstrap: figures[f'{name}_interval'] = _interval(figures[name], f, there, bootstrap, seed)
+    if 'sfid' in metrics and 'spatial' in samples and ('mu_s' in reference or 'spatial' in reference):
+        figures[f's{name}'] = _distance(_gaussian(samples['spatial']), _gaussian_of(reference, 'spatial', '_s'))
+    if 'is' in metrics and 'logits' in samples:
+        figures['is'] = float(isc_features_to_metric(samples['logits'])[KEY_METRIC_ISC_MEAN])
+    if 'mu' not in reference: figures |= _paired_figures(samples['features'], reference['features'], metrics)
     return _finite(figures)
 
-def _finite(figures: dict) -> dict:
-    "Figures, if they are numbers: a table with NaN looks like a result."
-    for k, v in figures.items():
-        if not np.isfinite(v).all():
-            raise ValueError(f'{k} came out as {v}: the features are degenerate, look at the images and the reference')
-    return figures
-
+# %% ../nbs/10_fidelity.ipynb #8630a00e
 def protocol_of(
     extractor: str,        # a key of `EXTRACTORS`
     samples: int,          # how many
@@ -375,26 +452,40 @@ def protocol_of(
     "The record that makes figures comparable."
     e = _extractor(extractor)
     count = len(reference['features']) if 'features' in reference else reference.get('count')
-    return {'extractor': extractor, 'layer': e.features, 'samples': samples, 'reference': reference_name, 'reference_content': reference.get('content'),
-            'reference_count': count, 'resize': e.resize, 'bits': 8}
+    return {
+        'extractor': extractor,
+        'layer': e.features,
+        'samples': samples,
+        'reference': reference_name,
+        'reference_content': reference.get('content'),
+        'reference_count': count,
+        'resize': e.resize,
+        'bits': 8,
+    }
 
+# %% ../nbs/10_fidelity.ipynb #7f672597
 def differences(
     a: dict, # a protocol
     b: dict  # another one
 ) -> list[str]: # one phrase each; empty if figures may be compared
-    "Why two figures cannot be compared: another extractor, count, reference, size, resize rule or mixture of classes. References are compared by content, not by name."
+    "Why two figures cannot be compared: another extractor, count, reference, size, resize rule or mixture of classes."
     keys = ('extractor', 'layer', 'samples', 'reference_count', 'resize', 'bits', 'side', 'mixture')
     apart = [f'{k}: {a.get(k)} against {b.get(k)}' for k in keys if a.get(k) != b.get(k)]
     which = 'reference_content' if a.get('reference_content') or b.get('reference_content') else 'reference'
     return apart + [f'reference: {a.get("reference")} against {b.get("reference")}']*(a.get(which) != b.get(which))
 
+# %% ../nbs/10_fidelity.ipynb #b2ca419c
 def apportion(
     counts: list[int], # images of every class
     total: int         # labels wanted
 ) -> Tensor: # labels [total], in a fixed random order
-    "Labels in the mixture of the counts, to the last one: largest remainders, ties to the first class. Raises `ValueError` if there are no images."
+    """Labels in the mixture of the counts, to the last one: largest remainders, ties to the first class.
+
+    Raises `ValueError` if there are no images.
+    """
     weights = torch.tensor(counts, dtype=torch.float64)
-    if not weights.sum() > 0: raise ValueError('there are no labelled images to take a mixture of classes from: choose the mixture equal')
+    if not weights.sum() > 0:
+        raise ValueError('there are no labelled images to take a mixture of classes from: choose the mixture equal')
     quota = weights*total/weights.sum()
     given = quota.floor().long()
     rest = torch.argsort(quota - given, descending=True, stable=True)[:total - int(given.sum())]
@@ -402,22 +493,46 @@ def apportion(
     labels = torch.repeat_interleave(torch.arange(len(counts)), given)
     return labels[torch.randperm(total, generator=torch.Generator().manual_seed(0))]
 
+# %% ../nbs/10_fidelity.ipynb #f2a4c321
+def _class_counts(source: ImageSource | None) -> dict[str, int]:
+    "Images of every class of a source, if it has classes."
+    if not source or not source.classes: return {}
+    return dict(zip(source.classes, torch.bincount(source.labels, minlength=len(source.classes)).tolist()))
+
+# %% ../nbs/10_fidelity.ipynb #980ffa3d
 def mixture_of(
     record: dict,               # from `load_run`
     source: ImageSource | None, # the reference, if it is images
     total: int,                 # labels wanted
     mixture: str = 'auto'       # 'reference', 'training', 'equal', or 'auto': the first of these that can be had
 ) -> tuple[Tensor, str]: # labels [total], which mixture it is
-    "Classes to draw for a score: a score of equal classes against unequal ones is mostly one of the mixture. Raises `ValueError` for a mixture that cannot be had."
-    if mixture not in ('auto', 'reference', 'training', 'equal'): raise ValueError(f"mixture must be auto, reference, training or equal, got {mixture!r}")
-    trained = record['data']['source'].get('classes', {})
-    real = dict(zip(source.classes, torch.bincount(source.labels, minlength=len(source.classes)).tolist())) if source and source.classes else {}
-    if mixture in ('auto', 'reference') and real and set(real) <= set(trained): return apportion([real.get(k, 0) for k in trained], total), 'reference'
-    if mixture == 'reference': raise ValueError('the reference has no classes that the run was trained on: choose the mixture training or equal')
-    if mixture in ('auto', 'training') and any(trained.values()): return apportion(list(trained.values()), total), 'training'
-    if mixture == 'training': raise ValueError('the run does not say how many images of each class it was trained on: choose the mixture equal')
+    """Classes to draw for a score: a score of equal classes against unequal ones is mostly one of the mixture.
+
+    Raises `ValueError` for a mixture that cannot be had.
+    """
+    if mixture not in ('auto', 'reference', 'training', 'equal'):
+        raise ValueError(f'mixture must be auto, reference, training or equal, got {mixture!r}')
+    trained, real = record['data']['source'].get('classes', {}), _class_counts(source)
+    if mixture in ('auto', 'reference') and real and set(real) <= set(trained):
+        return apportion([real.get(k, 0) for k in trained], total), 'reference'
+    if mixture == 'reference':
+        raise ValueError('the reference has no classes that the run was trained on: '
+                         'choose the mixture training or equal')
+    if mixture in ('auto', 'training') and any(trained.values()):
+        return apportion(list(trained.values()), total), 'training'
+    if mixture == 'training':
+        raise ValueError('the run does not say how many images of each class it was trained on: '
+                         'choose the mixture equal')
     return apportion([1]*record['classes'], total), 'equal'
 
+# %% ../nbs/10_fidelity.ipynb #f14d5d3e
+def _check_images(what: str, x: Tensor):
+    "Refuse what are no images, too few, or not finite."
+    if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f'{what} must be [N, 3, H, W], got shape {tuple(x.shape)}')
+    if len(x) < 10: raise ValueError(f'{len(x)} {what} are too few to compare distributions')
+    if not torch.isfinite(x).all(): raise ValueError(f'{what} contain NaN or Inf')
+
+# %% ../nbs/10_fidelity.ipynb #7dd94251
 def evaluate(
     samples: Tensor,                 # [N, 3, H, W] in [-1, 1]
     reference: Tensor,               # [M, 3, H, W] in [-1, 1]
@@ -427,13 +542,51 @@ def evaluate(
     batch_size: int = 64,            # images at a time
     bootstrap: int = 0               # resamplings for the interval of the Fréchet distance
 ) -> dict: # figures and 'protocol'
-    "Score images in memory against others; the result says how. Raises `ValueError` for wrong shapes, NaN, or too few images."
+    """Score images in memory against others; the result says how.
+
+    Raises `ValueError` for wrong shapes, NaN, or too few images.
+    """
     for what, x in (('samples', samples), ('reference', reference)):
-        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f'{what} must be [N, 3, H, W], got shape {tuple(x.shape)}')
-        if len(x) < 10: raise ValueError(f'{len(x)} {what} are too few to compare distributions')
-        if not torch.isfinite(x).all(): raise ValueError(f'{what} contain NaN or Inf')
+        _check_images(what, x)
     a, b = (extract_features(x, extractor, batch_size, all_parts(extractor)) for x in (samples, reference))
-    return score_features(a, b, metrics, bootstrap, extractor=extractor) | {'protocol': protocol_of(extractor, len(samples), reference_name, b)}
+    figures = score_features(a, b, metrics, bootstrap, extractor=extractor)
+    return figures | {'protocol': protocol_of(extractor, len(samples), reference_name, b)}
+
+# %% ../nbs/10_fidelity.ipynb #32c9a924
+def _begin_features(out: Path, plan: dict) -> str:
+    """A hash of the plan for the names of its files, noted in the manifest.
+
+    Features of other plans are removed, images never.
+    """
+    stem = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
+    if processes().is_main_process:
+        manifest = read_manifest(out)
+        others = [old for old in manifest.get('plans', {}) if old != stem]
+        remove_listed(out, [f.name for old in others for f in out.glob(f'features-{old}-*')])
+        write_json(out/MANIFEST, manifest | {'plans': {stem: plan}})
+    processes().wait_for_everyone()
+    return stem
+
+# %% ../nbs/10_fidelity.ipynb #aae3d272
+def _decode_and_extract(z: Tensor, tokenizer: Tokenizer, extract: Callable, parts: tuple, size: int,
+                        images: bool) -> dict:
+    "Features of latents, and on demand their images, a few at a time."
+    held: list[dict] = []
+    for part in z.split(size):
+        with torch.no_grad():
+            x = to_uint8(tokenizer.decode(part))
+        found = extract(x)
+        held.append((found if len(parts) > 1 else {parts[0]: found}) | ({'images': x.cpu()} if images else {}))
+    return {k: torch.cat([h[k] for h in held]) for k in held[0]}
+
+# %% ../nbs/10_fidelity.ipynb #a6c95dad
+def _make_shard(file: Path, y: Tensor, first: int, draw: Callable, describe: Callable, folder: Path, save: str):
+    "Draw, decode, extract and write the samples from number `first`, unless the shard is there."
+    if file.exists(): return
+    found = describe(draw(y, first=first))
+    if save != 'none': _keep(found.pop('images'), y, first, folder, save)
+    with atomic_write(file) as tmp:
+        save_file(found | {'y': y}, tmp)
 
 # %% ../nbs/10_fidelity.ipynb #db6800e5
 def generate(
@@ -444,7 +597,7 @@ def generate(
     labels: Tensor,           # class of every sample [N]
     extractor: str,           # a key of `EXTRACTORS`
     seed: int = 0,            # of the noise
-    identity: str = '',       # what else the features depend on, such as the checkpoint; shards of another one are removed
+    identity: str = '',       # what else the features depend on, such as the checkpoint; others' shards are removed
     save: str = 'none',       # 'png' or 'npz' keep the images as well
     shard: int = 1000,        # samples per shard
     batch_size: int = 250,    # samples at a time
@@ -456,48 +609,30 @@ def generate(
     if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
     check_range(1, shard=shard, batch_size=batch_size, decode_size=decode_size)
     sample(model, path, labels[:0], **options) # none at all: refuses what cannot be, before anything is written
+    plan = dict(count=len(labels), labels=hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
+                extractor=extractor, seed=seed, identity=identity, decoder=tokenizer.identity, path=repr(path),
+                save=save, shard=shard) | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     parts = all_parts(extractor)
-    digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
-    plan = {'count': len(labels), 'labels': digest, 'extractor': extractor, 'seed': seed, 'identity': identity, 'decoder': tokenizer.identity, 'path': repr(path), 'save': save, 'shard': shard} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-    extract, out, state = feature_function(extractor, parts), claim(out, 'features'), processes()
+    draw = partial(sample, model, path, seed=seed, batch_size=batch_size, **options)
+    describe = partial(_decode_and_extract, tokenizer=tokenizer, extract=feature_function(extractor, parts),
+                       parts=parts, size=decode_size, images=save != 'none')
+    out = claim(out, 'features')
     with locked(out):
         stem = _begin_features(out, plan)
-        files = {k: out/f'features-{stem}-{k:05d}.safetensors' for k in range(-(-len(labels)//shard))}
-        todo = range(state.process_index, len(files), state.num_processes)
-        bar = tqdm(total=sum(len(labels[k*shard:(k + 1)*shard]) for k in todo), desc='sampling and extracting', unit='image', disable=not (progress and state.is_main_process))
-        for k in todo:
-            y = labels[k*shard:(k + 1)*shard]
-            if not files[k].exists():
-                z = sample(model, path, y, seed=seed, first=k*shard, batch_size=batch_size, **options)
-                found = _decode_and_extract(z, tokenizer, extract, parts, decode_size, save != 'none')
-                if save != 'none': _keep(found.pop('images'), y, k*shard, out/f'images-{stem}', save)
-                with atomic_write(files[k]) as tmp: save_file(found | {'y': y}, tmp)
-            bar.update(len(y))
-        bar.close()
+        files = [out/f'features-{stem}-{k:05d}.safetensors' for k in range(-(-len(labels)//shard))]
+        state, folder = processes(), out/f'images-{stem}'
+        mine = {k: labels[k*shard:(k + 1)*shard] for k in range(state.process_index, len(files), state.num_processes)}
+        with tqdm(total=sum(map(len, mine.values())), desc='sampling and extracting', unit='image',
+                  disable=not (progress and state.is_main_process)) as bar:
+            for k, y in mine.items():
+                _make_shard(files[k], y, k*shard, draw, describe, folder, save)
+                bar.update(len(y))
         state.wait_for_everyone()
-        shards = [load_file(f) for f in files.values()]
-        if save == 'npz' and state.is_main_process: _join(out/f'images-{stem}', shards)
+        shards = [load_file(f) for f in files]
+        if save == 'npz' and state.is_main_process: _join(folder, shards)
     return {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
 
-def _begin_features(out: Path, plan: dict) -> str:
-    "A hash of the plan for the names of its files, noted in the manifest; features of other plans are removed, images never."
-    stem = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
-    if processes().is_main_process:
-        manifest = read_manifest(out)
-        remove_listed(out, [f.name for old in manifest.get('plans', {}) if old != stem for f in out.glob(f'features-{old}-*')])
-        write_json(out/MANIFEST, manifest | {'plans': {stem: plan}})
-    processes().wait_for_everyone()
-    return stem
-
-def _decode_and_extract(z: Tensor, tokenizer: Tokenizer, extract: Callable, parts: tuple, size: int, images: bool) -> dict:
-    "Features of latents, and on demand their images, a few at a time."
-    held: list[dict] = []
-    for part in z.split(size):
-        with torch.no_grad(): x = to_uint8(tokenizer.decode(part))
-        found = extract(x)
-        held.append((found if len(parts) > 1 else {parts[0]: found}) | ({'images': x.cpu()} if images else {}))
-    return {k: torch.cat([h[k] for h in held]) for k in held[0]}
-
+# %% ../nbs/10_fidelity.ipynb #26faf36a
 def remove_features(
     out: str | Path # folder of `generate`
 ):
@@ -512,24 +647,32 @@ def _keep(images: Tensor, y: Tensor, first: int, folder: Path, save: str):
     "Images of a shard, as PNG files by class or as a part of the .npz to come."
     from torchvision.io import write_png
     if save == 'npz':
-        with atomic_write(folder/f'{first:06d}.npy') as tmp, open(tmp, 'wb') as h: np.save(h, images.permute(0, 2, 3, 1).numpy())
-    for n, (x, c) in enumerate(zip(images, y.tolist())) if save == 'png' else ():
-        with atomic_write(folder/f'{c:04d}'/f'{first + n:06d}.png') as tmp: write_png(x, str(tmp))
+        with atomic_write(folder/f'{first:06d}.npy') as tmp, open(tmp, 'wb') as h:
+            np.save(h, images.permute(0, 2, 3, 1).numpy())
+        return
+    for n, (x, c) in enumerate(zip(images, y.tolist())):
+        with atomic_write(folder/f'{c:04d}'/f'{first + n:06d}.png') as tmp:
+            write_png(x, str(tmp))
+
+# %% ../nbs/10_fidelity.ipynb #11a3f5bb
+def save_npz(
+    images: np.ndarray, # uint8 [N, H, W, 3]
+    labels: Tensor,     # [N]
+    path: str | Path    # an .npz file
+):
+    """Images in ADM's layout: arr_0 [N, H, W, 3] uint8, arr_1 [N] labels.
+
+    Raises `FileExistsError` if somebody else's file is there.
+    """
+    with atomic_write(claim_file(path)) as tmp, open(tmp, 'wb') as h:
+        np.savez(h, arr_0=images, arr_1=labels.numpy(), made_by='spherical_lfm')
 
 def _join(folder: Path, shards: list[dict]):
     "All images in one file of ADM's layout, beside the folder of their parts."
     images = np.concatenate([np.load(p) for p in sorted(folder.glob('*.npy'))])
     save_npz(images, torch.cat([s['y'] for s in shards]), folder.with_suffix('.npz'))
 
-def save_npz(
-    images: np.ndarray, # uint8 [N, H, W, 3]
-    labels: Tensor,     # [N]
-    path: str | Path    # an .npz file
-):
-    "Images in ADM's layout: arr_0 [N, H, W, 3] uint8, arr_1 [N] labels. Raises `FileExistsError` if somebody else's file is there."
-    with atomic_write(claim_file(path)) as tmp, open(tmp, 'wb') as h: np.savez(h, arr_0=images, arr_1=labels.numpy(), made_by='spherical_lfm')
-
-#| export
+# %% ../nbs/10_fidelity.ipynb #2e9cdbd9
 def source_batches(
     source: str | Path | ImageSource, # a source or what makes one, or an .npz with arr_0
     size: int = 256,      # side in pixels; an .npz keeps its own
@@ -543,46 +686,67 @@ def source_batches(
     else: images = ImageSource(source, size)
     return (x for x, _ in images.batches(batch_size, images.shuffled(0) if limit else None, limit))
 
+# %% ../nbs/10_fidelity.ipynb #a1a8df37
+def _side_in_npz(path: str | Path) -> int | None:
+    "From the head of the array, without reading it. Raises what opening an .npz raises."
+    heads = np.lib.format
+    with _open_npz(path) as stored:
+        if 'arr_0' not in stored.files: return None
+        with stored.zip.open('arr_0.npy') as f:
+            first = heads.read_magic(f) == (1, 0)
+            shape = (heads.read_array_header_1_0 if first else heads.read_array_header_2_0)(f)[0]
+    return shape[1] if len(shape) == 4 and shape[1] == shape[2] else None
+
+# %% ../nbs/10_fidelity.ipynb #9a9cae2b
+def _some_sizes(listing: Any) -> set[tuple[int, int]]:
+    "Sizes of at most 64 images of a listing, by a fixed draw; those that cannot be read are counted elsewhere."
+    sizes = set()
+    for n in torch.randperm(len(listing.rows), generator=torch.Generator().manual_seed(0))[:64].tolist():
+        row = listing.rows[n]
+        image = row if listing.kind == 'folder' else row[listing.columns['image']]
+        try:
+            sizes.add(open_image(image, Path(listing.place)).size)
+        except (OSError, ValueError): continue
+    return sizes
+
+# %% ../nbs/10_fidelity.ipynb #c640baa9
 def side_of(
     where: str,      # image source, or an .npz
     size: int = 0,   # what was asked for; 0 for that of the images
     *columns: str    # split and columns, as for `ImageSource`
 ) -> int | None: # pixels; None for stored statistics
-    "Side at which images are scored: an .npz and the digits have their own, others that of their images if all are squares of one size. Raises `ValueError` if they are not, and nothing was asked for."
+    """Side at which images are scored.
+
+    An .npz and the digits have their own, others that of their images if all are squares of one size. Raises
+    `ValueError` if they are not, and nothing was asked for.
+    """
     if is_npz(where): return _side_in_npz(where)
     if where == 'digits' or size: return 16 if where == 'digits' else size
     listing = open_source(where, *columns)
-    if listing.kind == 'hub': raise ValueError(f'{where} is streamed, so the size of its images is not known: give --size')
-    some = torch.randperm(len(listing.rows), generator=torch.Generator().manual_seed(0))[:64].tolist()
-    sizes = set()
-    for n in some:
-        row = listing.rows[n]
-        try: sizes.add(open_image(row if listing.kind == 'folder' else row[listing.columns['image']], Path(listing.place)).size)
-        except (OSError, ValueError): continue # counted where images are read
+    if listing.kind == 'hub':
+        raise ValueError(f'{where} is streamed, so the size of its images is not known: give --size')
+    sizes = _some_sizes(listing)
     if len(sizes) != 1 or len(set(*sizes)) != 1:
         shown = ', '.join(f'{w} x {h}' for w, h in sorted(sizes)[:3]) or 'none that can be read'
         raise ValueError(f'images of {where} are not squares of one size ({shown}): give --size')
     return sizes.pop()[0]
 
-def _side_in_npz(path: str | Path) -> int | None:
-    "From the head of the array, without reading it. Raises what opening an .npz raises."
-    with _open_npz(path) as stored:
-        if 'arr_0' not in stored.files: return None
-        with stored.zip.open('arr_0.npy') as f:
-            read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f) == (1, 0) else np.lib.format.read_array_header_2_0
-            shape = read(f)[0]
-    return shape[1] if len(shape) == 4 and shape[1] == shape[2] else None
-
+# %% ../nbs/10_fidelity.ipynb #7732926d
 def one_side(
     sides: dict # name of a set -> pixels, or None
 ) -> int: # pixels
-    "The side that two sets share. Raises `ValueError` if they do not: features of images of two sizes differ by that alone."
+    "The side that two sets share. Raises `ValueError` if they do not: that alone would make features differ."
     known = {k: v for k, v in sides.items() if v}
-    if len(set(known.values())) > 1: raise ValueError('; '.join(f'{k} has {v} px' for k, v in known.items()) + ': give sets of one size, or --size for folders')
+    if len(set(known.values())) > 1:
+        raise ValueError('; '.join(f'{k} has {v} px' for k, v in known.items())
+                         + ': give sets of one size, or --size for folders')
     return next(iter(known.values()), 256)
 
+# %% ../nbs/10_fidelity.ipynb #59b0ecf3
 def file_digest(
     path: str | Path # any file
 ) -> str: # 16 hexadecimal digits
     "What a file is, whatever it is called."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16] if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()[:16]
+    with open(path, 'rb') as f:
+        if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+        return hashlib.sha256(f.read()).hexdigest()[:16]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'DTYPES', 'to_rgb', 'to_tensor', 'Listing', 'natural_order',
-           'image_suffixes', 'walk_images', 'list_folder', 'choose_column', 'number_labels', 'open_table',
-           'class_names', 'open_hub', 'open_source', 'image_name', 'open_image', 'ImageSource', 'digest_of', 'uneven',
-           'wants_statistics', 'with_statistics', 'encode_latents', 'apart_from', 'send_to', 'LatentDataset',
+           'image_suffixes', 'walk_images', 'list_folder', 'choose_column', 'number_labels', 'digest_of', 'class_names',
+           'open_table', 'open_hub', 'open_source', 'image_name', 'open_image', 'ImageSource', 'uneven',
+           'wants_statistics', 'with_statistics', 'apart_from', 'encode_latents', 'LatentDataset', 'send_to',
            'WindowOrder', 'LatentLoader']
 
 # %% ../nbs/06_latents.ipynb #1710b383
@@ -44,37 +44,42 @@ from tqdm.auto import tqdm
 from .concentration import processes, told_by_main
 from .decoder import DataOrder, ReadAhead, seeded_generator
 from .sphere import check_range, check_tokens, project
-from .tokenizers import (MANIFEST, Tokenizer, atomic_write, claim, digits_images, locked, measure_statistics, read_json, read_manifest,
-                                      remove_listed, standardise, write_json)
+from .tokenizers import (
+    MANIFEST, Tokenizer, atomic_write, claim, digits_images, locked, measure_statistics, read_json, read_manifest,
+    remove_listed, standardise, write_json)
 
 # %% ../nbs/06_latents.ipynb #671b37fd
-def _grey(
-    image: Image.Image, # of 16 or 32 bits per value, or floats
-    bits: int           # that its values use
-) -> Image.Image: # 8-bit grey
+def _grey(image: Image.Image, bits: int) -> Image.Image:
     "Deep values as 8-bit ones. Raises `ValueError` for values beyond the range of their kind."
-    values, top = np.asarray(image, dtype=np.float64), 1 if image.mode == 'F' else 2**bits - 1
+    values = np.asarray(image, dtype=np.float64)
+    top = 1 if image.mode == 'F' else 2**bits - 1
     if not (values.min() >= 0 and values.max() <= top):
         raise ValueError(f'values from {values.min():g} to {values.max():g}, not 0 to {top}: save it with 8 or 16 bits')
     return Image.fromarray((values/top*255).round().astype(np.uint8))
 
+# %% ../nbs/06_latents.ipynb #6b73cbd5
 def to_rgb(
     image: Image.Image # any mode
 ) -> Image.Image: # mode RGB, upright
     "An image as a viewer shows it, transparency over white. Raises `ValueError` for values without an agreed range."
     stored = max(image.tag_v2.get(258, (16,))) if hasattr(image, 'tag_v2') else 16 # tag 258 of a TIFF: bits per sample
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I') or image.mode == 'F': image = _grey(image, min(stored, 16))
+    if image.mode.startswith('I') or image.mode == 'F':
+        image = _grey(image, min(stored, 16))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
 
+# %% ../nbs/06_latents.ipynb #f56b3d1f
 def to_tensor(
     image: Image.Image, # any mode
     size: int           # side of the result in pixels
 ) -> Tensor: # [3, size, size] in [-1, 1]
-    "Centre square of an image, resized (bicubic, antialiased) to `size`, as RGB in [-1, 1]. Raises what `to_rgb` raises."
+    """Centre square of an image, resized (bicubic, antialiased) to `size`, as RGB in [-1, 1].
+
+    Raises what `to_rgb` raises.
+    """
     image = to_rgb(image)
     side = min(image.size)
     left, top = (image.width - side)//2, (image.height - side)//2
@@ -95,6 +100,7 @@ class Listing:
     skipped: Counter = field(default_factory=Counter) # reason -> how many files or rows were left out
     notes: list[str] = field(default_factory=list)    # what a person should know, one sentence each
 
+# %% ../nbs/06_latents.ipynb #bbb8bae4
 def natural_order(
     name: str # of a file, folder or class
 ) -> tuple: # sorts '2' before '10'
@@ -112,37 +118,43 @@ def image_suffixes() -> set: # such as '.png'
     known = Image.registered_extensions().items()
     return {suffix for suffix, kind in known if kind in Image.OPEN and kind not in _STUBS}
 
+# %% ../nbs/06_latents.ipynb #eea3affa
+def _walk(root: Path) -> Iterator[str]:
+    "All files below a folder, through links."
+    seen = set()
+    for folder, inner, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen: # a link that leads back
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [d for d in inner if not d.startswith('.') and d != '__MACOSX']
+        yield from (os.path.join(folder, name) for name in files)
+
+# %% ../nbs/06_latents.ipynb #ba6705cd
 def walk_images(
     root: Path # a folder
 ) -> tuple[list[str], Counter]: # relative paths of images in natural order; reason -> number of other files
     "All images below a folder, through links; what cannot be an image by its name is counted by its ending."
-    known, seen = image_suffixes(), set()
+    known = image_suffixes()
     found: list[str] = []
     skipped: Counter = Counter()
-    for folder, inner, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        inner[:] = [] if real in seen else [d for d in inner if not d.startswith('.') and d != '__MACOSX']
-        if real in seen: continue # a link that leads back
-        seen.add(real)
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith('.'): skipped['hidden'] += suffix in known
-            elif suffix not in known: skipped[suffix or 'without an ending'] += 1
-            elif not os.path.exists(os.path.join(folder, name)): skipped['broken link'] += 1
-            else: found.append(os.path.relpath(os.path.join(folder, name), root))
+    for path in _walk(root):
+        name = os.path.basename(path)
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith('.'):
+            skipped['hidden'] += suffix in known
+        elif suffix not in known:
+            skipped[suffix or 'without an ending'] += 1
+        elif not os.path.exists(path):
+            skipped['broken link'] += 1
+        else:
+            found.append(os.path.relpath(path, root))
     return sorted(found, key=lambda p: [natural_order(part) for part in Path(p).parts]), +skipped
 
 # %% ../nbs/06_latents.ipynb #d7c49887
-def _choose_split(
-    root: Path,    # a folder
-    tops: dict,    # subfolder -> relative paths of its images
-    split: str     # what was asked for: a name, 'none', or empty for what is usual
-) -> str | None: # the subfolder to read as a split; None if there are classes
-    "Whether subfolders are splits. Raises `ValueError` where that could be read two ways, or for a split that is not there."
-    if split == 'none': return None
-    if split:
-        if split not in tops: raise ValueError(f'{root} has no folder {split!r} with images, only {", ".join(tops) or "none"}')
-        return split
+def _usual_split(root: Path, tops: dict) -> str | None:
+    "The usual split; None for classes. Raises `ValueError` where subfolders could be read two ways."
     named = [d for d in tops if d.lower() in SPLITS]
     deep = [d for d in named if all(len(Path(p).parts) > 2 for p in tops[d])]
     usual = next((d for d in named if d.lower() in ('train', 'training')), named[0] if named else None)
@@ -152,46 +164,76 @@ def _choose_split(
                          f'give --split {usual} to read that one, or --split none to take folders as classes')
     return None
 
-def list_folder(
-    root: Path,      # a folder
-    split: str = ''  # a subfolder to read, 'none' for classes in any case, or empty for what is usual
-) -> Listing:
-    "Images of a folder and their classes. Raises `FileNotFoundError` if there are none, `ValueError` where the layout could be read two ways."
-    root = root.resolve()
-    paths, skipped = walk_images(root)
-    if not paths:
-        others = f' ({sum(skipped.values())} other files: {_counts(skipped)})' if skipped else ''
-        raise FileNotFoundError(f'folder {root} holds no images{others}: give another folder')
-    tops: dict[str, list] = {}
-    for p in paths:
-        if len(Path(p).parts) > 1: tops.setdefault(Path(p).parts[0], []).append(p)
-    strays = [p for p in paths if len(Path(p).parts) == 1]
-    chosen = _choose_split(root, tops, split)
-    if chosen is not None:
-        inside = list_folder(root/chosen, 'none')
-        return replace(inside, split=chosen, notes=[f'folders {", ".join(tops)} are splits: {chosen} is read', *inside.notes])
-    if not tops: return Listing('folder', str(root), [str(root/p) for p in paths], skipped=skipped)
-    if len(strays) > max(1, len(paths)//100):
-        raise ValueError(f'{len(strays)} images lie directly in {root}, beside {len(tops)} folders of images: '
+# %% ../nbs/06_latents.ipynb #550719e2
+def _choose_split(root: Path, tops: dict, split: str) -> str | None:
+    "The split to read; None for classes. Raises `ValueError` for one that is not there, or where both could be meant."
+    if split == 'none': return None
+    if split and split not in tops:
+        raise ValueError(f'{root} has no folder {split!r} with images, only {", ".join(tops) or "none"}')
+    return split or _usual_split(root, tops)
+
+# %% ../nbs/06_latents.ipynb #12d515fb
+def _list_classes(root: Path, paths: list, tops: dict, skipped: Counter) -> Listing:
+    "Subfolders as classes. Raises `ValueError` if many images lie beside them."
+    strays = len(paths) - sum(len(inside) for inside in tops.values())
+    if strays > max(1, len(paths)//100):
+        raise ValueError(f'{strays} images lie directly in {root}, beside {len(tops)} folders of images: '
                          'move them into a class folder, or give a folder that holds one kind only')
-    if strays: skipped['beside the class folders'] = len(strays)
+    if strays:
+        skipped['beside the class folders'] = strays
     names = sorted(tops, key=natural_order)
     labels = torch.tensor([n for n, name in enumerate(names) for _ in tops[name]])
-    empty = sorted((d.name for d in root.iterdir() if d.is_dir() and d.name not in tops and not d.name.startswith('.')), key=natural_order)
+    others = (d.name for d in root.iterdir() if d.is_dir() and d.name not in tops and not d.name.startswith('.'))
+    empty = sorted(others, key=natural_order)
     notes = [f'no images in {", ".join(empty)}, so no class'] if empty else []
-    return Listing('folder', str(root), [str(root/p) for name in names for p in tops[name]], labels, names, skipped=skipped, notes=notes)
+    rows = [str(root/p) for name in names for p in tops[name]]
+    return Listing('folder', str(root), rows, labels, names, skipped=skipped, notes=notes)
 
+# %% ../nbs/06_latents.ipynb #8ae97b54
 def _counts(counter: Counter, most: int = 5) -> str:
     "The largest entries of a count, in words."
     shown = [f'{n:,} {what}' for what, n in counter.most_common(most)]
     return ', '.join(shown) + (f' and {len(counter) - most} more' if len(counter) > most else '')
 
+def _by_top_folder(paths: list) -> dict[str, list]:
+    "Relative paths by the folder they begin with; files without one are left out."
+    tops: dict[str, list] = {}
+    for p in paths:
+        if len(Path(p).parts) > 1:
+            tops.setdefault(Path(p).parts[0], []).append(p)
+    return tops
+
+# %% ../nbs/06_latents.ipynb #242ee303
+def list_folder(
+    root: Path,      # a folder
+    split: str = ''  # a subfolder to read, 'none' for classes in any case, or empty for what is usual
+) -> Listing:
+    """Images of a folder and their classes.
+
+    Raises `FileNotFoundError` if there are none, `ValueError` where the layout could be read two ways.
+    """
+    root = root.resolve()
+    paths, skipped = walk_images(root)
+    if not paths:
+        others = f' ({sum(skipped.values())} other files: {_counts(skipped)})' if skipped else ''
+        raise FileNotFoundError(f'folder {root} holds no images{others}: give another folder')
+    tops = _by_top_folder(paths)
+    chosen = _choose_split(root, tops, split)
+    if chosen is not None:
+        inside = list_folder(root/chosen, 'none')
+        notes = [f'folders {", ".join(tops)} are splits: {chosen} is read', *inside.notes]
+        return replace(inside, split=chosen, notes=notes)
+    if not tops: return Listing('folder', str(root), [str(root/p) for p in paths], skipped=skipped)
+    return _list_classes(root, paths, tops, skipped)
+
 # %% ../nbs/06_latents.ipynb #f934950a
 #: Usual names of a column of images.
 IMAGE_COLUMNS = ('image', 'img', 'images', 'picture', 'photo', 'jpg', 'jpeg', 'png', 'webp')
 #: Usual names of a column of classes.
-LABEL_COLUMNS = ('label', 'labels', 'class', 'class_label', 'class_id', 'cls', 'target', 'category', 'fine_label', 'coarse_label', 'y')
+LABEL_COLUMNS = ('label', 'labels', 'class', 'class_label', 'class_id', 'cls', 'target', 'category', 'fine_label',
+                 'coarse_label', 'y')
 
+# %% ../nbs/06_latents.ipynb #6645bf23
 def choose_column(
     columns: list[str], # what there is
     usual: tuple,       # usual names
@@ -200,66 +242,113 @@ def choose_column(
     where: str          # the source, for messages
 ) -> str | None: # None if nothing was asked for and nothing is usual
     "A column by name. Raises `ValueError` if it is not there, or if several could be meant."
-    if wanted and wanted not in columns: raise ValueError(f'{where} has no column {wanted!r}, only {", ".join(columns)}')
+    if wanted and wanted not in columns:
+        raise ValueError(f'{where} has no column {wanted!r}, only {", ".join(columns)}')
     found = [c for c in columns if c.lower() in usual]
     if not wanted and len(found) > 1 and usual[0] not in found:
-        raise ValueError(f'{where} has several columns that could hold the {what} ({", ".join(found)}): give --{what}_column')
+        raise ValueError(f'{where} has several columns that could hold the {what} ({", ".join(found)}): '
+                         f'give --{what}_column')
     return wanted or (usual[0] if usual[0] in found else next(iter(found), None))
 
+# %% ../nbs/06_latents.ipynb #3b6f28cf
+def _image_column(columns: list[str], wanted: str, where: str) -> str:
+    "The column of images. Raises `ValueError` if there is none, and what `choose_column` raises."
+    found = choose_column(columns, IMAGE_COLUMNS, wanted, 'image', where)
+    if found is not None: return found
+    raise ValueError(f'{where} has no column that holds images by its name, only {", ".join(columns)}: '
+                     'give --image_column')
+
+def _label_column(columns: list[str], wanted: str, where: str) -> str | None:
+    "The column of classes; None if there is none, or if 'none' is wanted. Raises what `choose_column` raises."
+    return None if wanted == 'none' else choose_column(columns, LABEL_COLUMNS, wanted, 'label', where)
+
+# %% ../nbs/06_latents.ipynb #ab257185
+def _is_class(value: Any) -> bool:
+    "Whether a value of a column can name a class: a string or a whole number."
+    return isinstance(value, (str, int)) or isinstance(value, float) and value == int(value)
+
+def _word(value: str | int | float) -> str:
+    "The name that a value gives to its class: 3.0 is class 3."
+    return str(value) if isinstance(value, str) else str(int(value))
+
+# %% ../nbs/06_latents.ipynb #8ca7f49d
+def _number_by_value(values: list, where: str) -> tuple[Tensor, list[str]]:
+    "Classes by natural order of the different values. Raises `ValueError` if there are too many of them."
+    words = [None if v is None else _word(v) for v in values]
+    known = [w for w in words if w is not None]
+    different = sorted(set(known), key=natural_order)
+    if len(different) > max(100, len(known)//2):
+        raise ValueError(f'{where} has {len(different):,} different values in {len(known):,} rows, '
+                         'so it holds no classes: give --label_column, or none')
+    at = {w: n for n, w in enumerate(different)}
+    return torch.tensor([-1 if w is None else at[w] for w in words]), different
+
+# %% ../nbs/06_latents.ipynb #a1623a3b
+def _number_by_name(values: list, names: list[str], where: str) -> tuple[Tensor, list[str]]:
+    "Classes by the numbers and names that the file carries. Raises `ValueError` for a number without a name."
+    numbers = torch.tensor([-1 if v is None else int(v) for v in values])
+    if numbers.max() >= len(names):
+        raise ValueError(f'{where} goes up to {int(numbers.max())}, but the file names classes '
+                         f'0 to {len(names) - 1}: give --label_column, or none')
+    twice = {n for n in names if names.count(n) > 1}
+    return numbers, [f'{n} ({k})' if n in twice else n for k, n in enumerate(names)]
+
+# %% ../nbs/06_latents.ipynb #1ff7f295
 def number_labels(
     values: list,                    # of a column; None where there is none
     names: list[str] | None = None,  # of the classes by number, where the file carries them
     where: str = 'the label column'  # for messages
 ) -> tuple[Tensor, list[str]]: # class of every row [N], -1 without one; names by number
     "Class numbers of a column. Raises `ValueError` for values that are no classes."
-    values = [None if isinstance(v, (int, float)) and v < 0 else v for v in values] # -1 is how `datasets` writes "no label"
+    values = [None if isinstance(v, (int, float)) and v < 0 else v for v in values] # `datasets` writes -1 for none
     known = [v for v in values if v is not None]
     if not known: raise ValueError(f'{where} holds no classes at all: give --label_column, or none')
-    odd = next((v for v in known if not isinstance(v, (str, int, float)) or isinstance(v, float) and v != int(v)), None)
-    if odd is not None: raise ValueError(f'{where} holds {str(odd)[:40]!r}, which is no class: give --label_column, or none')
-    if names is None:
-        different = sorted({str(v) if isinstance(v, str) else str(int(v)) for v in known}, key=natural_order)
-        if len(different) > max(100, len(known)//2):
-            raise ValueError(f'{where} has {len(different):,} different values in {len(known):,} rows, so it holds no classes: give --label_column, or none')
-        at = {v: n for n, v in enumerate(different)}
-        return torch.tensor([-1 if v is None else at[v if isinstance(v, str) else str(int(v))] for v in values]), different
-    numbers = torch.tensor([-1 if v is None else int(v) for v in values])
-    if numbers.max() >= len(names):
-        raise ValueError(f'{where} goes up to {int(numbers.max())}, but the file names classes 0 to {len(names) - 1}: give --label_column, or none')
-    twice = {n for n in names if names.count(n) > 1}
-    return numbers, [f'{n} ({k})' if n in twice else n for k, n in enumerate(names)]
+    odd = next((v for v in known if not _is_class(v)), None)
+    if odd is not None:
+        raise ValueError(f'{where} holds {str(odd)[:40]!r}, which is no class: give --label_column, or none')
+    return _number_by_value(values, where) if names is None else _number_by_name(values, names, where)
 
 # %% ../nbs/06_latents.ipynb #e5514327
-def _table_files(
-    path: Path, # a .parquet file, or a folder of them
-    split: str  # which split; empty takes what is usual
-) -> tuple[list[Path], str]: # files in natural order, split
-    "Files of a table; splits are told by names such as train-00000-of-00294.parquet or train/0000.parquet. Raises `ValueError` for a split that is not there."
+def _split_of(file: Path, root: Path) -> str:
+    "The split that a file such as train-00000-of-00294.parquet or train/0000.parquet is of."
+    folder = '' if file.parent == root else file.parent.name.lower()
+    named = (s for s in SPLITS if re.match(rf'{s}(?![a-z0-9])', file.name.lower()) or folder == s)
+    return next(named, '')
+
+# %% ../nbs/06_latents.ipynb #dcc11589
+def _table_files(path: Path, split: str) -> tuple[list[Path], str]:
+    "Files of a table, those of one split if there are splits. Raises `ValueError` for a split that is not there."
     if path.is_file(): return [path], ''
-    files = sorted((f for f in path.rglob('*') if f.suffix.lower() == '.parquet' and not f.name.startswith('.')), key=lambda f: natural_order(str(f)))
-    of = {f: next((s for s in SPLITS if re.match(rf'{s}(?![a-z0-9])', f.name.lower()) or f.parent != path and f.parent.name.lower() == s), '') for f in files}
+    found = (f for f in path.rglob('*') if f.suffix.lower() == '.parquet' and not f.name.startswith('.'))
+    of = {f: _split_of(f, path) for f in sorted(found, key=lambda f: natural_order(str(f)))}
     splits = sorted(set(of.values()) - {''})
-    if split not in ('', 'none', *splits): raise ValueError(f'{path} has no parquet files of split {split!r}, only of {", ".join(splits) or "none"}')
-    if split == 'none' or not splits: return files, ''
+    if split not in ('', 'none', *splits):
+        raise ValueError(f'{path} has no parquet files of split {split!r}, only of {", ".join(splits) or "none"}')
+    if split == 'none' or not splits: return list(of), ''
     split = split or ('train' if 'train' in splits else splits[0])
-    return [f for f in files if of[f] == split], split
+    return [f for f in of if of[f] == split], split
 
-def _plain_paths(
-    files: list[Path] # anywhere
-) -> list[str]: # the same files under names that no library takes for a pattern or an address
-    "Paths with any of * ? [ ] # or :: by links in the cache of `datasets`, the same ones at every call."
+# %% ../nbs/06_latents.ipynb #ac557b2e
+def digest_of(
+    *parts # JSON-ready
+) -> str: # 16 hexadecimal digits
+    "A short hash of plain values."
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+# %% ../nbs/06_latents.ipynb #a28823b3
+def _plain_path(file: Path) -> str:
+    "A path; one with any of * ? [ ] # { } or :: by a link in the cache of `datasets`, the same one at every call."
     import datasets
-    out = []
-    for f in (f.resolve() for f in files):
-        if re.search(r'[*?\[\]#{}]|::', str(f)):
-            known = digest_of(str(f), f.stat().st_mtime_ns, f.stat().st_size) # a link has a time of change of its own
-            link = Path(datasets.config.HF_DATASETS_CACHE)/'plain-names'/f'{known}.parquet'
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.exists(): link.symlink_to(f)
-            f = link
-        out.append(str(f))
-    return out
+    file = file.resolve()
+    if not re.search(r'[*?\[\]#{}]|::', str(file)): return str(file)
+    known = digest_of(str(file), file.stat().st_mtime_ns, file.stat().st_size) # a link has a time of change of its own
+    link = Path(datasets.config.HF_DATASETS_CACHE)/'plain-names'/f'{known}.parquet'
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(file)
+    return str(link)
 
+# %% ../nbs/06_latents.ipynb #3dc9ef99
 @contextmanager
 def _quiet_datasets():
     "`datasets` without its progress bars."
@@ -267,21 +356,64 @@ def _quiet_datasets():
     from datasets.utils.logging import is_progress_bar_enabled
     loud = is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    try: yield datasets
+    try:
+        yield datasets
     finally:
-        if loud: datasets.enable_progress_bars()
+        if loud:
+            datasets.enable_progress_bars()
 
-def _schema(files: list[Path], place: Path):
-    "The schema that all files share. Raises `ValueError` for files that are no parquet, or that differ in their columns."
+# %% ../nbs/06_latents.ipynb #441643ea
+def _read_schema(file: Path):
+    "The schema of a parquet file. Raises `ValueError` if it is none."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    found = []
-    for f in files:
-        try: found.append(pq.read_schema(f))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as e: raise ValueError(f'{f} is no readable parquet file ({type(e).__name__}): remove it or fetch it again') from e
-        if found[-1].names != found[0].names: raise ValueError(f'{f} has other columns than {files[0]}: give files of one table')
-    return found[0]
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as e:
+        raise ValueError(f'{file} is no readable parquet file ({type(e).__name__}): '
+                         'remove it or fetch it again') from e
 
+# %% ../nbs/06_latents.ipynb #e5cdf02d
+def _schema(files: list[Path]):
+    "The schema that all files share. Raises `ValueError` for files that differ in their columns, or are no parquet."
+    first = _read_schema(files[0])
+    for f in files[1:]:
+        if _read_schema(f).names != first.names:
+            raise ValueError(f'{f} has other columns than {files[0]}: give files of one table')
+    return first
+
+# %% ../nbs/06_latents.ipynb #978ef261
+def _map_images(files: list[Path], schema, image: str, path: Path):
+    "The column of images, as `datasets` maps it. Raises `OSError` if it cannot be read."
+    with _quiet_datasets() as datasets:
+        features = datasets.Features.from_arrow_schema(schema.remove_metadata())
+        try:
+            return datasets.load_dataset('parquet', data_files=[_plain_path(f) for f in files], split='train',
+                                         columns=[image], features=datasets.Features({image: features[image]}))
+        except (OSError, datasets.exceptions.DatasetGenerationError) as e:
+            raise OSError(f'{path} cannot be read ({str(e.__cause__ or e).strip()[:200]}): fetch it again, '
+                          f'or make room in the cache of datasets ({datasets.config.HF_DATASETS_CACHE})') from e
+
+# %% ../nbs/06_latents.ipynb #d60fb85e
+def class_names(
+    schema,    # of a parquet file
+    label: str # its column of classes
+) -> list[str] | None: # by number; None if the file carries none
+    """Names that `datasets` keeps in a parquet file.
+
+    It refuses names that repeat, as those of ImageNet do, so they are read here.
+    """
+    known = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+    return known.get(label, {}).get('names') if known.get(label, {}).get('_type') == 'ClassLabel' else None
+
+# %% ../nbs/06_latents.ipynb #ae49b147
+def _read_labels(files: list[Path], schema, label: str, path: Path) -> tuple[Tensor, list[str]]:
+    "What `number_labels` makes of a column of parquet files."
+    import pyarrow.parquet as pq
+    values = [v for f in files for v in pq.read_table(f, columns=[label])[label].to_pylist()]
+    return number_labels(values, class_names(schema, label), f'column {label!r} of {path}')
+
+# %% ../nbs/06_latents.ipynb #13106824
 def open_table(
     path: Path,             # a .parquet file, or a folder of them
     split: str = '',        # which split; empty takes what is usual
@@ -289,55 +421,85 @@ def open_table(
     label_column: str = ''  # empty takes the usual one, 'none' none
 ) -> Listing:
     "Images and classes of parquet files. Raises `ValueError` for files or columns that cannot be what is wanted."
-    import pyarrow.parquet as pq
     files, split = _table_files(path, split)
-    schema = _schema(files, path)
-    image = choose_column(schema.names, IMAGE_COLUMNS, image_column, 'image', str(path))
-    if image is None: raise ValueError(f'{path} has no column that holds images by its name, only {", ".join(schema.names)}: give --image_column')
-    label = None if label_column == 'none' else choose_column(schema.names, LABEL_COLUMNS, label_column, 'label', str(path))
-    with _quiet_datasets() as datasets:
-        features = datasets.Features.from_arrow_schema(schema.remove_metadata())
-        try: rows = datasets.load_dataset('parquet', data_files=_plain_paths(files), split='train', columns=[image], features=datasets.Features({image: features[image]}))
-        except (OSError, datasets.exceptions.DatasetGenerationError) as e: raise OSError(f'{path} cannot be read ({str(e.__cause__ or e).strip()[:200]}): fetch it again, or make room in the cache of datasets ({datasets.config.HF_DATASETS_CACHE})') from e
+    schema = _schema(files)
+    image = _image_column(schema.names, image_column, str(path))
+    label = _label_column(schema.names, label_column, str(path))
+    rows = _map_images(files, schema, image, path)
     found = Listing('parquet', str(path.resolve()), rows, split=split, columns={'image': image, 'label': label})
     if label is None: return found
-    values = [v for f in files for v in pq.read_table(f, columns=[label])[label].to_pylist()]
-    labels, classes = number_labels(values, class_names(schema, label), f'column {label!r} of {path}')
+    labels, classes = _read_labels(files, schema, label, path)
     kept = (labels >= 0).nonzero().flatten()
-    if len(kept) < len(labels): found = replace(found, rows=rows.select(kept.tolist()), skipped=Counter({'without a label': len(labels) - len(kept)}))
+    if len(kept) < len(labels):
+        skipped = Counter({'without a label': len(labels) - len(kept)})
+        found = replace(found, rows=rows.select(kept.tolist()), skipped=skipped)
     return replace(found, labels=labels[kept], classes=classes)
 
-def class_names(
-    schema,    # of a parquet file
-    label: str # its column of classes
-) -> list[str] | None: # by number; None if the file carries none
-    "Names that `datasets` keeps in a parquet file. It refuses names that repeat, as those of ImageNet do, so they are read here."
-    known = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
-    return known.get(label, {}).get('names') if known.get(label, {}).get('_type') == 'ClassLabel' else None
-
 # %% ../nbs/06_latents.ipynb #9ba37d12
+def _stream_of(name: str, split: str):
+    "Rows of a data set on the hub. Raises `FileNotFoundError` if it cannot be had, `ValueError` for an unknown split."
+    with _quiet_datasets() as datasets:
+        try:
+            return datasets.load_dataset(name, split=split, streaming=True)
+        except ValueError as e:
+            raise ValueError(f'{name} on the hub: {str(e).splitlines()[0]}') from e
+        except Exception as e:
+            raise FileNotFoundError(f'{name!r} is neither a folder nor a file here, and no such data set could be '
+                                    f'reached on the hub ({type(e).__name__}): '
+                                    'give a path, or connect to the network') from e
+
+# %% ../nbs/06_latents.ipynb #f7100176
 def open_hub(
     name: str,              # of a data set
     split: str = '',        # empty takes 'train'
     image_column: str = '', # empty takes the usual one
     label_column: str = ''  # empty takes the usual one, 'none' none
 ) -> Listing:
-    "A data set streamed from the Hugging Face hub. Raises `FileNotFoundError` if it cannot be had, `ValueError` for splits or columns that it has not."
-    with _quiet_datasets() as datasets:
-        try: rows = datasets.load_dataset(name, split=split or 'train', streaming=True)
-        except ValueError as e: raise ValueError(f'{name} on the hub: {str(e).splitlines()[0]}') from e
-        except Exception as e:
-            raise FileNotFoundError(f'{name!r} is neither a folder nor a file here, and no such data set could be reached on the hub ({type(e).__name__}): give a path, or connect to the network') from e
+    """A data set streamed from the Hugging Face hub.
+
+    Raises `FileNotFoundError` if it cannot be had, `ValueError` for splits or columns that it has not.
+    """
+    import datasets
+    split = split or 'train'
+    rows = _stream_of(name, split)
     features = rows.features or {}
-    image = choose_column(list(features) or ['image'], IMAGE_COLUMNS, image_column, 'image', name)
-    if image is None: raise ValueError(f'{name} has no column that holds images by its name, only {", ".join(features)}: give --image_column')
-    label = None if label_column == 'none' else choose_column(list(features), LABEL_COLUMNS, label_column, 'label', name)
+    image = _image_column(list(features) or ['image'], image_column, name)
+    label = _label_column(list(features), label_column, name)
     classes = list(getattr(features.get(label), 'names', None) or [])
-    if label and not classes: raise ValueError(f'column {label!r} of {name} names no classes, and a stream cannot be searched for them: download the data set, or give --label_column none')
-    notes = ['streamed: images come in the order of the data set']
-    return Listing('hub', name, rows.cast_column(image, datasets.Image(decode=False)), classes=classes, split=split or 'train', columns={'image': image, 'label': label}, notes=notes)
+    if label and not classes:
+        raise ValueError(f'column {label!r} of {name} names no classes, and a stream cannot be searched for them: '
+                         'download the data set, or give --label_column none')
+    return Listing('hub', name, rows.cast_column(image, datasets.Image(decode=False)), classes=classes, split=split,
+                   columns={'image': image, 'label': label},
+                   notes=['streamed: images come in the order of the data set'])
 
 # %% ../nbs/06_latents.ipynb #240e5f31
+def _open_digits(split: str) -> Listing:
+    "The embedded digits. Raises `ValueError` if a file or folder here is called like them."
+    if Path('digits').exists():
+        raise ValueError("'digits' are the digits that come with this package, and there is a file or folder "
+                         'of that name here: write ./digits for it')
+    split = split or 'train'
+    return Listing('digits', 'digits', *digits_images(split), [str(n) for n in range(10)], split)
+
+# %% ../nbs/06_latents.ipynb #c471960b
+def _holds_tables(folder: Path) -> bool:
+    "Whether a folder holds parquet files. Raises `ValueError` if it holds images beside them."
+    if not any(f.suffix.lower() == '.parquet' for f in folder.rglob('*')): return False
+    if walk_images(folder)[0]: raise ValueError(f'{folder} holds parquet files and images: give a folder of one kind')
+    return True
+
+# %% ../nbs/06_latents.ipynb #434534cd
+def _check_hub_name(source: str | Path):
+    "Raises `ValueError` for a file, `FileNotFoundError` for what can only be meant as a path."
+    path = Path(source)
+    if path.exists():
+        raise ValueError(f'{path} is a single file: give a folder of images, a .parquet file or the name of a data set')
+    files = {'.parquet', '.npz', '.zip', '.tar', *image_suffixes()}
+    if path.suffix.lower() in files or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', str(source)):
+        raise FileNotFoundError(f'no images at {path}: give a folder, a .parquet file or the name of a data set')
+
+# %% ../nbs/06_latents.ipynb #a5a6a6fe
 def open_source(
     source: str | Path,     # see the table above
     split: str = '',        # which split; empty takes what is usual, 'none' takes folders for classes
@@ -345,54 +507,59 @@ def open_source(
     label_column: str = ''  # of a table
 ) -> Listing:
     "What a source holds. Raises `FileNotFoundError` if there is nothing, `ValueError` where two things could be meant."
-    path, columns = Path(source), {'--image_column': image_column, '--label_column': label_column}
+    path = Path(source)
     if source == 'digits': # a `Path`, or './digits', is a folder
-        if path.exists(): raise ValueError("'digits' are the digits that come with this package, and there is a file or folder of that name here: write ./digits for it")
-        found = Listing('digits', 'digits', *digits_images(split or 'train'), [str(n) for n in range(10)], split or 'train')
-    elif path.is_dir():
-        if any(f.suffix.lower() == '.parquet' for f in path.rglob('*')):
-            if walk_images(path)[0]: raise ValueError(f'{path} holds parquet files and images: give a folder of one kind')
-            return open_table(path, split, image_column, label_column)
+        found = _open_digits(split)
+    elif path.is_dir() and not _holds_tables(path):
         found = list_folder(path, split)
-    elif path.suffix.lower() == '.parquet' and path.exists(): return open_table(path, split, image_column, label_column)
-    elif path.exists(): raise ValueError(f'{path} is a single file: give a folder of images, a .parquet file or the name of a data set')
-    elif not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', str(source)) or path.suffix.lower() in {'.parquet', '.npz', '.zip', '.tar', *image_suffixes()}:
-        raise FileNotFoundError(f'no images at {path}: give a folder, a .parquet file or the name of a data set')
-    else: return open_hub(str(source), split, image_column, label_column)
+    elif path.is_dir() or path.suffix.lower() == '.parquet' and path.exists():
+        return open_table(path, split, image_column, label_column)
+    else:
+        _check_hub_name(source)
+        return open_hub(str(source), split, image_column, label_column)
+    columns = {'--image_column': image_column, '--label_column': label_column}
     given = [k for k, v in columns.items() if v and v != 'none']
     if given: raise ValueError(f'{source} has no columns: leave out {" and ".join(given)}')
     return replace(found, labels=None, classes=[]) if label_column == 'none' else found
 
 # %% ../nbs/06_latents.ipynb #a566c5d7
+def _bytes_and_path(cell: Any) -> tuple[bytes | None, str | None]:
+    "What is known of the file of an image: what is in it, where it lies."
+    if isinstance(cell, dict): return cell.get('bytes'), cell.get('path')
+    return cell if isinstance(cell, bytes) else None, cell if isinstance(cell, str) else None
+
 def image_name(
     cell: Any # a path, bytes, or a dictionary of 'bytes' and 'path'
 ) -> str: # for messages; empty if it has none
     "What the file behind an image is called."
-    path = cell.get('path') if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+    _, path = _bytes_and_path(cell)
     return Path(path).name if path else ''
 
+# %% ../nbs/06_latents.ipynb #a6a2bf7e
 def open_image(
     cell: Any,  # a path, bytes, or a dictionary of 'bytes' and 'path'
     place: Path # paths of a table are relative to it
 ) -> Image.Image:
     "An image as folders, parquet files and the hub give it. Raises `ValueError` if there is none."
-    data = cell.get('bytes') if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
-    path = cell.get('path') if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+    data, path = _bytes_and_path(cell)
     if data: return Image.open(io.BytesIO(data))
-    if not path: raise ValueError('no image' if cell is None or isinstance(cell, dict) else f'{type(cell).__name__} in place of an image')
+    if not path and (cell is None or isinstance(cell, dict)): raise ValueError('no image')
+    if not path: raise ValueError(f'{type(cell).__name__} in place of an image')
     return Image.open((place if place.is_dir() else place.parent)/path)
 
 # %% ../nbs/06_latents.ipynb #1ea1d6a4
 class ImageSource:
-    "A stream of `(image [3, size, size] in [-1, 1], label)`; images that cannot be read are skipped and named in `.skipped`."
+    "A stream of `(image [3, size, size] in [-1, 1], label)`; what cannot be read is skipped and named in `.skipped`."
     stream: Callable[..., Iterator]   #: these are given below
     shuffled: Callable[..., Any]
     batches: Callable[..., Iterator]
     describe: Callable[..., str]
+    labels: Any       #: class of every image
     content: str      #: hash of what the images are
     fingerprint: str  #: hash of that, their place and their times of change
     record: dict      #: what a cache or a result belongs to
     understood: dict  #: the record, and what was left out
+    _read: Callable[..., Any]
     _files: Callable[..., list]
     _plain: Callable[..., dict]
     _findings: Callable[..., dict]
@@ -410,37 +577,51 @@ class ImageSource:
         self.classes = self.listing.classes
         self.skipped: list[str] = []
 
-    def __len__(self) -> int:
-        "Images, readable or not. Raises `TypeError` for a data set streamed from the hub."
-        return len(self.listing.rows)
-
-    @property
-    def labels(self) -> Any: # tensor [N]; None for a data set streamed from the hub
-        "Class of every image, readable or not; 0 where there are no classes."
-        if self.listing.kind == 'hub': return None
-        return torch.zeros(len(self), dtype=torch.long) if self.listing.labels is None else self.listing.labels
-
-    def _read(self, row: Any, n: int) -> tuple[Tensor, int] | str:
-        "Image and label of a row, or why it cannot be read."
-        at = self.listing
-        if at.kind == 'digits': return row, int(self.labels[n])
-        cell = row if at.kind == 'folder' else row[at.columns['image']]
-        name = image_name(cell) or f'row {n}'
-        try:
-            with open_image(cell, Path(at.place)) as image: pixels = to_tensor(image, self.size)
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
-            return f'{name}: {type(e).__name__ if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__}'
-        label = row[at.columns['label']] if at.kind == 'hub' and at.columns['label'] else 0
-        if label is None or label < 0: return f'{name}: without a label'
-        return pixels, int(label) if at.kind == 'hub' or at.labels is None else int(at.labels[n])
-
     def __getitem__(self, n: int) -> tuple[Tensor, int]: # image [3, size, size] in [-1, 1], label
         "One image by number. Raises `ValueError` naming it if it cannot be read."
         found = self._read(self.listing.rows[int(n)], int(n))
         if isinstance(found, str): raise ValueError(f'image {n} of {self.source} cannot be read: {found}')
         return found
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]: return self.stream()
+    def __len__(self) -> int:
+        "Images, readable or not. Raises `TypeError` for a data set streamed from the hub."
+        return len(self.listing.rows)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return self.stream()
+
+# %% ../nbs/06_latents.ipynb #d6111698
+@patch(as_prop=True)
+def labels(self: ImageSource) -> Any: # tensor [N]; None for a data set streamed from the hub
+    "Class of every image, readable or not; 0 where there are no classes."
+    if self.listing.kind == 'hub': return None
+    return torch.zeros(len(self), dtype=torch.long) if self.listing.labels is None else self.listing.labels
+
+# %% ../nbs/06_latents.ipynb #e4477bcb
+#: What Pillow raises for damaged files.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+def _pixels(cell: Any, place: Path, size: int) -> Tensor | str:
+    "An image as a tensor, or why it cannot be read."
+    try:
+        with open_image(cell, place) as image:
+            return to_tensor(image, size)
+    except _DAMAGED as e:
+        return type(e).__name__ if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
+
+# %% ../nbs/06_latents.ipynb #12a5f308
+@patch
+def _read(self: ImageSource, row: Any, n: int) -> tuple[Tensor, int] | str:
+    "Image and label of a row, or why it cannot be read."
+    at = self.listing
+    if at.kind == 'digits': return row, int(self.labels[n])
+    cell = row if at.kind == 'folder' else row[at.columns['image']]
+    name = image_name(cell) or f'row {n}'
+    pixels = _pixels(cell, Path(at.place), self.size)
+    if isinstance(pixels, str): return f'{name}: {pixels}'
+    label = row[at.columns['label']] if at.kind == 'hub' and at.columns['label'] else 0
+    if label is None or label < 0: return f'{name}: without a label'
+    return pixels, int(label) if at.kind == 'hub' or at.labels is None else int(at.labels[n])
 
 # %% ../nbs/06_latents.ipynb #0890955c
 @patch
@@ -455,24 +636,28 @@ def stream(self: ImageSource,
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1)//2)) as pool:
         try:
             while given != limit:
-                for n, row in islice(rows, 64 - len(waiting)): waiting.append(pool.submit(self._read, row, n))
+                waiting.extend(pool.submit(self._read, row, n) for n, row in islice(rows, 64 - len(waiting)))
                 if not waiting: return
                 found = waiting.popleft().result()
-                if isinstance(found, str): self.skipped.append(found)
+                if isinstance(found, str):
+                    self.skipped.append(found)
                 else:
                     given += 1
                     yield found
         finally:
-            for w in waiting: w.cancel()
+            for w in waiting:
+                w.cancel()
 
+# %% ../nbs/06_latents.ipynb #44db693f
 @patch
 def shuffled(self: ImageSource,
     seed: int = 0 # of the permutation
-) -> Tensor | None: # numbers for `stream` and `batches`; None for a data set streamed from the hub, which keeps its own order
+) -> Tensor | None: # numbers for `stream` and `batches`; None for a stream from the hub, which keeps its order
     "A random order of the images: folders are sorted by class, and their beginning is no sample of the whole."
     if self.listing.kind == 'hub': return None
     return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
+# %% ../nbs/06_latents.ipynb #bf40c210
 @patch
 def batches(self: ImageSource,
     batch_size: int,             # images per batch; the last one may be smaller
@@ -495,67 +680,89 @@ def _files(self: ImageSource) -> list[Path]:
     if at.kind == 'parquet': return _table_files(Path(at.place), at.split)[0]
     return []
 
+# %% ../nbs/06_latents.ipynb #492b3c83
 @patch(as_prop=True)
 def content(self: ImageSource) -> str: # 16 hexadecimal digits
-    "Hash of what the images are: names and sizes of files in order, classes, columns, and the side in pixels; not of where they lie."
+    """Hash of what the images are, not of where they lie.
+
+    It takes in names and sizes of files in order, classes, columns, and the side in pixels.
+    """
     at, root = self.listing, Path(self.listing.place)
     if at.kind == 'hub': return self.fingerprint
-    files = [(os.path.relpath(f, root if root.is_dir() else root.parent), f.stat().st_size) for f in self._files()]
+    folder = root if root.is_dir() else root.parent
+    files = [(os.path.relpath(f, folder), f.stat().st_size) for f in self._files()]
     return digest_of(at.kind, at.split, at.columns, at.classes, self.size, files, len(self), self.labels.tolist())
 
+# %% ../nbs/06_latents.ipynb #6355bdc4
 @patch(as_prop=True)
 def fingerprint(self: ImageSource) -> str: # 16 hexadecimal digits
-    "Hash of the content, the place and the times of change of its files. A data set streamed from the hub is known by its revision, or else never the same."
+    """Hash of the content, the place and the times of change of its files.
+
+    A data set streamed from the hub is known by its revision, or else never the same.
+    """
     at = self.listing
-    if at.kind == 'hub':
-        try: revision = HfApi().dataset_info(at.place).sha
-        except Exception: revision = uuid.uuid4().hex
-        return digest_of(at.place, at.split, at.columns, self.size, revision)
-    return digest_of(self.content, at.place, [f.stat().st_mtime_ns for f in self._files()])
+    if at.kind != 'hub': return digest_of(self.content, at.place, [f.stat().st_mtime_ns for f in self._files()])
+    try:
+        revision = HfApi().dataset_info(at.place).sha
+    except Exception:
+        revision = uuid.uuid4().hex
+    return digest_of(at.place, at.split, at.columns, self.size, revision)
 
-def digest_of(
-    *parts # JSON-ready
-) -> str: # 16 hexadecimal digits
-    "A short hash of plain values."
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-@patch(as_prop=True)
-def record(self: ImageSource) -> dict: # JSON-ready
-    "What a cache or a result belongs to: 'source', 'place', 'kind', 'split', 'columns', 'size', 'classes' (name -> images), 'content', 'fingerprint'."
-    return self._plain() | {'content': self.content, 'fingerprint': self.fingerprint}
-
+# %% ../nbs/06_latents.ipynb #a5842781
 @patch
 def _plain(self: ImageSource) -> dict:
     "The record without its hashes, which cost a look at every file."
-    at = self.listing
-    counts = [None]*len(at.classes) if at.kind == 'hub' else torch.bincount(self.labels, minlength=len(at.classes)).tolist()
-    return {'source': self.source, 'place': at.place, 'kind': at.kind, 'split': at.split, 'columns': at.columns, 'size': self.size, 'classes': dict(zip(at.classes, counts))}
+    at, names = self.listing, self.listing.classes
+    counts = [None]*len(names) if at.kind == 'hub' else torch.bincount(self.labels, minlength=len(names)).tolist()
+    return {'source': self.source, 'place': at.place, 'kind': at.kind, 'split': at.split, 'columns': at.columns,
+            'size': self.size, 'classes': dict(zip(names, counts))}
 
+# %% ../nbs/06_latents.ipynb #a50848d0
 @patch(as_prop=True)
-def understood(self: ImageSource) -> dict: # JSON-ready
-    "For results: the record without its place, 'count', 'labels' (whether there are any), 'skipped' (reason -> how many) and 'notes' (sentences)."
-    return {k: v for k, v in self.record.items() if k != 'place'} | self._findings()
+def record(self: ImageSource) -> dict: # JSON-ready
+    """What a cache or a result belongs to.
 
-@patch
-def _findings(self: ImageSource) -> dict:
-    at, classes = self.listing, self._plain()['classes']
-    skipped = dict(at.skipped) | ({'unreadable': len(self.skipped)} if self.skipped else {})
-    return {'count': None if at.kind == 'hub' else len(self), 'labels': bool(classes), 'skipped': skipped, 'notes': at.notes + uneven(classes)}
+    'source', 'place', 'kind', 'split', 'columns', 'size', 'classes' (name -> images), 'content' and 'fingerprint'.
+    """
+    return self._plain() | {'content': self.content, 'fingerprint': self.fingerprint}
 
+# %% ../nbs/06_latents.ipynb #7fcf089f
 def uneven(
     classes: dict # name -> images, or None where nobody counted
 ) -> list[str]: # sentences
     "What a person should know of the sizes of classes."
     if not classes: return ['no classes: everything is one class, and nothing is learnt of others']
-    counted = {k: n for k, n in classes.items() if n is not None}
     if len(classes) == 1: return [f'one class only: {next(iter(classes))}']
-    empty, filled = [k for k, n in counted.items() if not n], {k: n for k, n in counted.items() if n}
-    notes = [f'{len(empty)} of {len(classes)} classes have no images: {", ".join(empty[:5])}{", ..." if len(empty) > 5 else ""}'] if empty else []
-    by_size = sorted((n, k) for k, n in filled.items())
+    notes = []
+    empty = [k for k, n in classes.items() if n == 0]
+    if empty:
+        some = f'{", ".join(empty[:5])}{", ..." if len(empty) > 5 else ""}'
+        notes.append(f'{len(empty)} of {len(classes)} classes have no images: {some}')
+    by_size = sorted((n, k) for k, n in classes.items() if n)
     if by_size and by_size[-1][0] > 10*by_size[0][0]:
-        notes.append('very unequal classes: {1} has {0:,} images'.format(*by_size[-1]) + ', {1} has {0:,}'.format(*by_size[0]))
+        (few, small), (many, large) = by_size[0], by_size[-1]
+        notes.append(f'very unequal classes: {large} has {many:,} images, {small} has {few:,}')
     return notes
 
+# %% ../nbs/06_latents.ipynb #0d001864
+@patch
+def _findings(self: ImageSource) -> dict:
+    "What was found beyond the record."
+    at, classes = self.listing, self._plain()['classes']
+    skipped = dict(at.skipped) | ({'unreadable': len(self.skipped)} if self.skipped else {})
+    return {'count': None if at.kind == 'hub' else len(self), 'labels': bool(classes), 'skipped': skipped,
+            'notes': at.notes + uneven(classes)}
+
+# %% ../nbs/06_latents.ipynb #1115ce24
+@patch(as_prop=True)
+def understood(self: ImageSource) -> dict: # JSON-ready
+    """For results: the record without its place, and what was found.
+
+    Beyond the record: 'count', 'labels' (whether there are any), 'skipped' (reason -> how many), 'notes' (sentences).
+    """
+    return {k: v for k, v in self.record.items() if k != 'place'} | self._findings()
+
+# %% ../nbs/06_latents.ipynb #705cbd5b
 @patch
 def describe(self: ImageSource) -> str: # a few lines
     "What was understood of a source, for a person."
@@ -565,8 +772,10 @@ def describe(self: ImageSource) -> str: # a few lines
     count = 'streamed' if known['count'] is None else f'{known["count"]:,} images'
     first = f'{self.source}: {count} at {self.size} px' + (f', split {self.split}' if self.split else '')
     lines = [f'{first}, {len(classes)} classes ({shown})' if classes else first]
-    if self.listing.columns: lines.append(', '.join(f'{what} column: {name or "none"}' for what, name in known['columns'].items()))
-    if known['skipped']: lines.append(f'left out: {_counts(Counter(known["skipped"]))}')
+    if known['columns']:
+        lines.append(', '.join(f'{what} column: {name or "none"}' for what, name in known['columns'].items()))
+    if known['skipped']:
+        lines.append(f'left out: {_counts(Counter(known["skipped"]))}')
     return '\n  '.join(lines + known['notes'])
 
 # %% ../nbs/06_latents.ipynb #ca0329fa
@@ -574,22 +783,30 @@ def wants_statistics(
     tokenizer: Tokenizer, # whose transform is looked at
     mode: str = 'auto'    # 'auto', 'measure' or 'own'
 ) -> bool:
-    "Whether statistics are to be measured: in mode 'auto' if the tokenizer brings neither statistics nor a scale. Raises `ValueError` for an unknown mode."
-    if mode not in ('auto', 'measure', 'own'): raise ValueError(f"statistics must be 'auto', 'measure' or 'own', got {mode!r}")
+    """Whether statistics are to be measured: in mode 'auto' if the tokenizer brings neither statistics nor a scale.
+
+    Raises `ValueError` for an unknown mode.
+    """
+    if mode not in ('auto', 'measure', 'own'):
+        raise ValueError(f"statistics must be 'auto', 'measure' or 'own', got {mode!r}")
     c = tokenizer.transform.config
     return mode == 'measure' or mode == 'auto' and c['std'] is None and c['scale'] == 1. and c['shift'] == 0.
 
+# %% ../nbs/06_latents.ipynb #ce692821
 def with_statistics(
     tokenizer: Tokenizer,     # left as it is
     source: ImageSource,      # images to measure on
-    mode: str = 'auto',       # 'auto' measures if the tokenizer brings neither statistics nor a scale; 'measure'; 'own' leaves it
+    mode: str = 'auto',       # as for `wants_statistics`: 'auto', 'measure', or 'own', which leaves it
     limit: int = 2048,        # images to measure on
     pack: int = 1,            # blocks of positions whose channels are standardised apart; the layout is kept
     seed: int = 0,            # of the sample
     batch_size: int = 32,     # images per encoder call
     progress: bool = True     # show a progress bar
 ) -> Tokenizer: # the tokenizer itself, or one with measured statistics that shares its autoencoder
-    "A tokenizer whose flow coordinates are standardised. Raises `ValueError` for an unknown mode or if no image can be read."
+    """A tokenizer whose flow coordinates are standardised.
+
+    Raises `ValueError` for an unknown mode or if no image can be read.
+    """
     if not wants_statistics(tokenizer, mode): return tokenizer
     images = (x for x, _ in source.batches(batch_size, source.shuffled(seed), limit))
     bar = tqdm(images, desc=f'statistics of {tokenizer.name}', unit='batch', disable=not progress)
@@ -599,6 +816,205 @@ def with_statistics(
 #: Precisions in which latents are stored.
 DTYPES = {'float32': torch.float32, 'bf16': torch.bfloat16}
 
+@contextmanager
+def _vanilla(tokenizer: Tokenizer):
+    "A tokenizer that gives its tokens as they are."
+    spherical = tokenizer.spherical
+    tokenizer.spherical = False
+    try:
+        yield
+    finally:
+        tokenizer.spherical = spherical
+
+# %% ../nbs/06_latents.ipynb #d0917ed1
+@torch.no_grad()
+def _encode(
+    tokenizer: Tokenizer, # on its device
+    rows: Iterator,       # images and labels
+    flip: bool,           # encode mirrored images as well
+    batch_size: int,      # images per encoder call
+    dtype: torch.dtype,   # of the result
+    precision: str        # of the encoder
+) -> dict: # 'z', 'y' and, with flips, 'z_flip'
+    "Latents and labels of some images; empty if none could be read."
+    device = next(tokenizer.parameters()).device
+    held: list[dict] = []
+    with _vanilla(tokenizer):
+        while batch := list(islice(rows, batch_size)):
+            images, labels = zip(*batch)
+            x = torch.stack(images).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
+                held.append({'z': tokenizer.encode(x).to(dtype).cpu(), 'y': torch.tensor(labels)})
+                if flip:
+                    held[-1]['z_flip'] = tokenizer.encode(x.flip(-1)).to(dtype).cpu()
+    return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
+
+# %% ../nbs/06_latents.ipynb #f876db2b
+def _numbers(source: ImageSource, order: Tensor | None) -> Tensor | None:
+    "Which images, in which order; None for a stream whose length nobody knows."
+    if order is not None: return order
+    try:
+        return torch.arange(len(source))
+    except TypeError:
+        return None
+
+def _shard_count(numbers: Tensor | None, size: int) -> int | None:
+    "How many shards there will be; None for a stream."
+    return None if numbers is None else -(-len(numbers)//size)
+
+# %% ../nbs/06_latents.ipynb #d074622c
+def _chunks_of_stream(source: ImageSource, size: int):
+    "The shards of a stream, as `_chunks` gives them."
+    rows, before, k = source.stream(), 0, 0
+    while (first := next(rows, None)) is not None:
+        chunk, start = chain([first], islice(rows, size - 1)), before
+        yield k, chunk, lambda: source.skipped[start:]
+        deque(chunk, maxlen=0) # of a shard that was there already
+        before, k = len(source.skipped), k + 1
+
+# %% ../nbs/06_latents.ipynb #1b2396d2
+def _chunks(source: ImageSource, numbers: Tensor | None, size: int, rank: int, world: int):
+    "The shards of this process: number, images, and what was skipped once they have been gone through."
+    if numbers is None:
+        yield from _chunks_of_stream(source, size)
+        return
+    for k in range(rank, -(-len(numbers)//size), world):
+        yield k, source.stream(numbers[k*size:(k + 1)*size]), lambda: list(source.skipped)
+
+# %% ../nbs/06_latents.ipynb #ea2dd7bc
+def _sha256(path: Path) -> str:
+    "The checksum of a file."
+    with open(path, 'rb') as f:
+        if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'sha256').hexdigest()
+        return hashlib.sha256(f.read()).hexdigest() # Python 3.10
+
+def _note(path: Path) -> dict | None:
+    "A note that was written whole, or None."
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+# %% ../nbs/06_latents.ipynb #0f7ed2f2
+def _write_shard(name: Path, tensors: dict, skipped: list):
+    "A shard, then a note of what is in it."
+    note = {'count': len(tensors['y']) if tensors else 0, 'skipped': skipped, 'done': True}
+    if tensors:
+        file = name.with_suffix('.safetensors')
+        with atomic_write(file) as tmp:
+            save_file(tensors, tmp)
+        note |= {'file': file.name, 'bytes': file.stat().st_size, 'sha256': _sha256(file),
+                 'shape': list(tensors['z'].shape[1:])}
+    write_json(name.with_suffix('.json'), note)
+
+# %% ../nbs/06_latents.ipynb #fcf927ec
+def _write_shards(
+    tokenizer: Tokenizer,   # does the work
+    source: ImageSource,    # where images come from
+    numbers: Tensor | None, # which ones
+    stem: Path,             # how the names of files begin
+    plan: dict,             # the settings
+    batch_size: int,        # images per encoder call
+    progress: bool          # show a progress bar
+):
+    "The shards of this process that are not there yet."
+    state, size = processes(), plan['shard_size']
+    shards = _shard_count(numbers, size)
+    total = None if shards is None else len(range(state.process_index, shards, state.num_processes))
+    bar = tqdm(total=total, desc=f'encoding with {tokenizer.name}', unit='shard',
+               disable=not (progress and state.is_main_process))
+    for k, rows, skipped in _chunks(source, numbers, size, state.process_index, state.num_processes):
+        name = Path(f'{stem}-{k:05d}')
+        if not _note(name.with_suffix('.json')):
+            tensors = _encode(tokenizer, rows, plan['flip'], batch_size, DTYPES[plan['dtype']], plan['precision'])
+            _write_shard(name, tensors, skipped())
+        bar.update()
+    bar.close()
+
+# %% ../nbs/06_latents.ipynb #b3e0bdb4
+def _plan(tokenizer: Tokenizer, source: ImageSource, numbers: Tensor | None, **settings) -> dict:
+    "What the latents are."
+    made_by = {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity,
+               'identity': tokenizer.identity.removesuffix('-spherical'), 'place': tokenizer.place}
+    order = None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+    return {'format': 3, **settings, 'tokenizer': made_by, 'source': source.record, 'order': order}
+
+# %% ../nbs/06_latents.ipynb #c590e21f
+def _begin_plan(out: Path, plan: dict) -> str:
+    "How the names of this plan's files begin; noted in the manifest before there are any."
+    known = plan | {'tokenizer': plan['tokenizer']['latent_identity']} # another decoder makes the same latents
+    stem = f'latents-{digest_of(known)[:8]}'
+    if processes().is_main_process:
+        manifest = read_manifest(out)
+        plans = manifest.get('plans', [])
+        if stem not in plans:
+            write_json(out/MANIFEST, manifest | {'plans': [*plans, stem]})
+    processes().wait_for_everyone()
+    return stem
+
+# %% ../nbs/06_latents.ipynb #81b589fe
+def _write_index(out: Path, plan: dict, shards: list, skipped: list):
+    "Make a complete set of shards the one that is read."
+    keys = 'file', 'count', 'bytes', 'sha256'
+    write_json(out/'index.json', plan | {
+        'count': sum(n['count'] for n in shards),
+        'shape': shards[0]['shape'],
+        'source': plan['source'] | {'skipped': skipped},
+        'shards': [{k: n[k] for k in keys} for n in shards]})
+
+# %% ../nbs/06_latents.ipynb #66e2c147
+def _forget_others(out: Path, stem: str):
+    "Remove the shards of all plans but one."
+    manifest = read_manifest(out)
+    remove_listed(out, [f.name for old in manifest['plans'] if old != stem for f in out.glob(f'{old}-*')])
+    write_json(out/MANIFEST, manifest | {'plans': [stem]})
+
+# %% ../nbs/06_latents.ipynb #74c45fd6
+def _finish(out: Path, stem: str, plan: dict, source: ImageSource, expected: int | None):
+    "Write the index of a complete set, then remove the shards of sets that it replaces."
+    notes = [n for f in sorted(out.glob(f'{stem}-*.json')) if (n := _note(f))]
+    if expected is not None and len(notes) != expected:
+        raise OSError(f'{len(notes)} of {expected} shards are to be seen in {out}: '
+                      'if it is a network drive, wait a little, then run the same command again')
+    shards = [n for n in notes if n['count']]
+    source.skipped = [s for n in notes for s in n['skipped']]
+    if not shards:
+        remove_listed(out, [f.name for f in out.glob(f'{stem}-*.json')])
+        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
+    _write_index(out, plan, shards, source.skipped)
+    _forget_others(out, stem)
+
+# %% ../nbs/06_latents.ipynb #8047a59d
+def apart_from(
+    source: ImageSource, # images
+    out: str | Path      # an output folder
+):
+    "Raises `ValueError` if images and output lie inside each other."
+    if source.listing.kind not in ('folder', 'parquet'): return
+    images, place = Path(source.listing.place), Path(out).resolve()
+    if place == images or place in images.parents or images in place.parents:
+        raise ValueError(f'{out} and the images at {images} lie inside each other: choose another place for the output')
+
+# %% ../nbs/06_latents.ipynb #9d79a173
+def _check_settings(batch_size: int, shard_size: int, **precisions):
+    "Raises `ValueError` for settings that `encode_latents` has not."
+    for what, value in precisions.items():
+        if value not in DTYPES: raise ValueError(f'{what} must be float32 or bf16, got {value!r}')
+    check_range(1, batch_size=batch_size, shard_size=shard_size)
+
+# %% ../nbs/06_latents.ipynb #234fb074
+def _finish_for_all(out: Path, stem: str, plan: dict, source: ImageSource, expected: int | None):
+    "Finish on the main process, once all have written their shards; every process raises what it raises."
+    processes().wait_for_everyone()
+    failure = None
+    if processes().is_main_process:
+        try:
+            _finish(out, stem, plan, source, expected)
+        except (OSError, ValueError) as e:
+            failure = e
+    if failure := told_by_main(failure): raise failure
+
+# %% ../nbs/06_latents.ipynb #84cd734d
 def encode_latents(
     tokenizer: Tokenizer,         # its device does the work; projection is left to the reader
     source: ImageSource,          # where images come from
@@ -611,231 +1027,217 @@ def encode_latents(
     precision: str = 'float32',   # 'float32' or 'bf16' (autocast) in the encoder
     progress: bool = True         # show a progress bar
 ) -> dict: # the index
-    "Encode a source into latent shards, on every process a share, keeping shards that an earlier call finished. Raises `ValueError` if there is no image, `OSError` if the folder cannot be written; an old cache stays until the new one is complete."
-    for what, value in (('dtype', dtype), ('precision', precision)):
-        if value not in DTYPES: raise ValueError(f'{what} must be float32 or bf16, got {value!r}')
-    check_range(1, batch_size=batch_size, shard_size=shard_size)
+    """Encode a source into latent shards, on every process a share, keeping shards that an earlier call finished.
+
+    An old cache stays until the new one is complete.
+    Raises `ValueError` if there is no image, `OSError` if the folder cannot be written.
+    """
+    _check_settings(batch_size, shard_size, dtype=dtype, precision=precision)
     tokenizer.latent_shape(source.size, source.size)
     apart_from(source, out)
     numbers = _numbers(source, order)
     if numbers is None and processes().num_processes > 1:
-        raise ValueError('a data set streamed from the hub cannot be shared among processes: use one process, or download it')
-    plan = {'format': 3, 'flip': flip, 'dtype': dtype, 'precision': precision, 'shard_size': shard_size, 'tokenizer': {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity, 'identity': tokenizer.identity.removesuffix('-spherical'), 'place': tokenizer.place},
-            'source': source.record, 'order': None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}
+        raise ValueError('a data set streamed from the hub cannot be shared among processes: '
+                         'use one process, or download it')
+    plan = _plan(tokenizer, source, numbers, flip=flip, dtype=dtype, precision=precision, shard_size=shard_size)
     out = claim(out, 'latents')
     with locked(out):
         stem = _begin_plan(out, plan)
         _write_shards(tokenizer, source, numbers, out/stem, plan, batch_size, progress)
-        processes().wait_for_everyone()
-        failure = None
-        if processes().is_main_process:
-            try: _finish(out, stem, plan, source, None if numbers is None else -(-len(numbers)//shard_size))
-            except (OSError, ValueError) as e: failure = e
-        if failure := told_by_main(failure): raise failure
+        _finish_for_all(out, stem, plan, source, _shard_count(numbers, shard_size))
     return json.loads((out/'index.json').read_text())
 
-def apart_from(
-    source: ImageSource, # images
-    out: str | Path      # an output folder
-):
-    "Raises `ValueError` if images and output lie inside each other."
-    if source.listing.kind not in ('folder', 'parquet'): return
-    images, place = Path(source.listing.place), Path(out).resolve()
-    if place == images or place in images.parents or images in place.parents:
-        raise ValueError(f'{out} and the images at {images} lie inside each other: choose another place for the output')
-
-def _begin_plan(out: Path, plan: dict) -> str:
-    "How the names of this plan's files begin; noted in the manifest before there are any."
-    stem = f'latents-{digest_of(plan | {"tokenizer": plan["tokenizer"]["latent_identity"]})[:8]}' # another decoder makes the same latents
-    if processes().is_main_process:
-        manifest = read_manifest(out)
-        if stem not in manifest.get('plans', []): write_json(out/MANIFEST, manifest | {'plans': [*manifest.get('plans', []), stem]})
-    processes().wait_for_everyone()
-    return stem
-
-def _write_shards(tokenizer: Tokenizer, source: ImageSource, numbers: Tensor | None, stem: Path, plan: dict, batch_size: int, progress: bool):
-    "The shards of this process that are not there yet, each with a note of what is in it."
-    state, size = processes(), plan['shard_size']
-    total = None if numbers is None else len(range(state.process_index, -(-len(numbers)//size), state.num_processes))
-    bar = tqdm(total=total, desc=f'encoding with {tokenizer.name}', unit='shard', disable=not (progress and state.is_main_process))
-    for k, rows, skipped in _chunks(source, numbers, size, state.process_index, state.num_processes):
-        name = Path(f'{stem}-{k:05d}')
-        if not _note(name.with_suffix('.json')):
-            tensors = _encode(tokenizer, rows, plan['flip'], batch_size, DTYPES[plan['dtype']], plan['precision'])
-            note = {'count': len(tensors['y']) if tensors else 0, 'skipped': skipped(), 'done': True}
-            if tensors:
-                file = name.with_suffix('.safetensors')
-                with atomic_write(file) as tmp: save_file(tensors, tmp)
-                note |= {'file': file.name, 'bytes': file.stat().st_size, 'sha256': _sha256(file), 'shape': list(tensors['z'].shape[1:])}
-            write_json(name.with_suffix('.json'), note)
-        bar.update()
-    bar.close()
-
-# %% ../nbs/06_latents.ipynb #d074622c
-def _sha256(path: Path) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
-
-def _note(path: Path) -> dict | None:
-    "A note that was written whole, or None."
-    try: return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError): return None
-
-def _numbers(source: ImageSource, order: Tensor | None) -> Tensor | None:
-    "Which images, in which order; None for a stream whose length nobody knows."
-    if order is not None: return order
-    try: return torch.arange(len(source))
-    except TypeError: return None
-
-def _chunks(source: ImageSource, numbers: Tensor | None, size: int, rank: int, world: int):
-    "The shards of this process: number, images, and what was skipped once they have been gone through."
-    if numbers is not None:
-        for k in range(rank, -(-len(numbers)//size), world): yield k, source.stream(numbers[k*size:(k + 1)*size]), lambda: list(source.skipped)
-        return
-    rows, before, k = source.stream(), 0, 0
-    while (first := next(rows, None)) is not None:
-        chunk, start = chain([first], islice(rows, size - 1)), before
-        yield k, chunk, lambda: source.skipped[start:]
-        deque(chunk, maxlen=0) # of a shard that was there already
-        before, k = len(source.skipped), k + 1
-
-@torch.no_grad()
-def _encode(tokenizer: Tokenizer, rows: Iterator, flip: bool, batch_size: int, dtype: torch.dtype, precision: str) -> dict:
-    "Latents and labels of some images; empty if none could be read."
-    where, held = next(tokenizer.parameters()).device, []
-    spherical, tokenizer.spherical = tokenizer.spherical, False
-    try:
-        while batch := list(islice(rows, batch_size)):
-            x, y = torch.stack([x for x, _ in batch]).to(where), torch.tensor([y for _, y in batch])
-            with torch.autocast(where.type, torch.bfloat16, enabled=precision == 'bf16'):
-                held.append({'z': tokenizer.encode(x).to(dtype).cpu(), 'y': y} | ({'z_flip': tokenizer.encode(x.flip(-1)).to(dtype).cpu()} if flip else {}))
-    finally: tokenizer.spherical = spherical
-    return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
-
-def _finish(out: Path, stem: str, plan: dict, source: ImageSource, expected: int | None):
-    "Write the index of a complete set, then remove the shards of sets that it replaces."
-    notes = [n for f in sorted(out.glob(f'{stem}-*.json')) if (n := _note(f))]
-    if expected is not None and len(notes) != expected:
-        raise OSError(f'{len(notes)} of {expected} shards are to be seen in {out}: if it is a network drive, wait a little, then run the same command again')
-    shards, source.skipped = [n for n in notes if n['count']], [s for n in notes for s in n['skipped']]
-    if not shards:
-        remove_listed(out, [f.name for f in out.glob(f'{stem}-*.json')])
-        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
-    keys = ('file', 'count', 'bytes', 'sha256')
-    write_json(out/'index.json', plan | {'count': sum(n['count'] for n in shards), 'shape': shards[0]['shape'], 'source': plan['source'] | {'skipped': source.skipped}, 'shards': [{k: n[k] for k in keys} for n in shards]})
-    manifest = read_manifest(out)
-    remove_listed(out, [f.name for old in manifest['plans'] if old != stem for f in out.glob(f'{old}-*')])
-    write_json(out/MANIFEST, manifest | {'plans': [stem]})
-
 # %% ../nbs/06_latents.ipynb #fa4486eb
+class LatentDataset:
+    "Cached latents: `batch(indices, flips)` gives `(z [B, d, h, w] float32, y [B])`."
+    z: dict[str, Tensor] | None #: 'z' and 'z_flip' of all images; None if they are mapped from disk
+    to: Callable[..., 'LatentDataset'] #: these are given below
+    batch: Callable[..., tuple[Tensor, Tensor]]
+    read_ahead: Callable[..., None]
+    classes: int #: number of classes
+    _map: Callable[..., dict[str, Tensor]]
+    _load: Callable[..., None]
+    _by_shard: Callable[..., Iterator[tuple[int, Tensor, Tensor]]]
+    _gather: Callable[..., Tensor]
+
+    def __init__(self,
+        folder: str | Path,                  # made by `encode_latents`
+        latent_identity: str | None = None,  # refuse latents of any other tokenizer
+        spherical: bool = False,             # project tokens onto the sphere when reading
+        resident: bool | None = None,        # hold everything in memory; None: if under a quarter of what is free
+        verify: bool = False                 # compare checksums (one pass over the files)
+    ):
+        self.folder, self.spherical = Path(folder), spherical
+        self.index = _read_index(self.folder, latent_identity)
+        self._maps = [self._map(shard, verify) for shard in self.index['shards']]
+        self._ends = torch.tensor([len(m['y']) for m in self._maps]).cumsum(0)
+        self.y, self.z = torch.cat([m['y'] for m in self._maps]), None
+        self.bytes = sum(m[k].nbytes for m in self._maps for k in self._fields())
+        if self.bytes < psutil.virtual_memory().available/4 if resident is None else resident:
+            self._load()
+
+    def _fields(self) -> tuple:
+        return ('z', 'z_flip')[:1 + self.index['flip']]
+
+    def __len__(self):
+        return self.index['count']
+
+    @property
+    def content(self) -> str: # 16 hexadecimal digits
+        "Hash of what the latents are: the checksums of the shards in order, their shape, type and flips."
+        sums = [s['sha256'] for s in self.index['shards']]
+        return digest_of(sums, self.index['shape'], self.index.get('dtype'), self.index['flip'])
+
+# %% ../nbs/06_latents.ipynb #80d8a63c
+def _read_index(folder: Path, latent_identity: str | None) -> dict:
+    "The index of a cache. Raises `FileNotFoundError` or `ValueError` if it is not there, or of another tokenizer."
+    keys = 'tokenizer', 'source', 'shards', 'shape', 'count', 'flip'
+    index = read_json(folder/'index.json', f'index of latents in {folder}', 'make them with slfm_encode', keys)
+    made_by = index['tokenizer']
+    if latent_identity not in (None, made_by['latent_identity']):
+        raise ValueError(f'latents at {folder} were made by tokenizer {made_by["name"]} '
+                         f'({made_by["latent_identity"]}), wanted {latent_identity}: '
+                         'encode again or give the matching tokenizer')
+    return index
+
+# %% ../nbs/06_latents.ipynb #f5fa5830
+def _check_file(path: Path, shard: dict, verify: bool):
+    "Raises `FileNotFoundError` or `ValueError` if a file is not the one that the index means."
+    if not path.exists(): raise FileNotFoundError(f'shard {path} is missing: encode again')
+    size = path.stat().st_size
+    if size != shard['bytes']:
+        raise ValueError(f'shard {path} is truncated or foreign: {size} bytes instead of {shard["bytes"]}; '
+                         'encode again')
+    if verify and _sha256(path) != shard['sha256']:
+        raise ValueError(f'shard {path} does not match its checksum: it is damaged or foreign; encode again')
+
+# %% ../nbs/06_latents.ipynb #5efff6bc
+@patch
+def _map(self: LatentDataset, shard: dict, verify: bool) -> dict[str, Tensor]:
+    "Tensors of a shard, mapped from the file and not yet read."
+    path, shape = self.folder/shard['file'], self.index['shape']
+    _check_file(path, shard, verify)
+    try:
+        found = load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f'shard {path} cannot be read: {e}') from e
+    for k in self._fields():
+        if k not in found or list(found[k].shape) != [shard['count'], *shape]:
+            raise ValueError(f'shard {path} does not hold {shard["count"]} latents {k} of {shape}: '
+                             'it is foreign; encode again')
+    return found
+
+# %% ../nbs/06_latents.ipynb #ce16df3e
+@patch
+def _load(self: LatentDataset):
+    "Copy everything into memory, checking that it is finite."
+    for shard, m in zip(self.index['shards'], self._maps):
+        for k in self._fields():
+            what = f'latents in {self.folder/shard["file"]}'
+            check_tokens(m[k], what, self.index['shape'][0], zero_ok=not self.spherical)
+    self.z = {k: torch.cat([m[k] for m in self._maps]) for k in self._fields()}
+    self._maps = []
+
+# %% ../nbs/06_latents.ipynb #a3c42cbc
+@patch
+def to(self: LatentDataset,
+    device: str | torch.device # where everything goes
+) -> LatentDataset: # itself
+    """Move a set that is in memory, labels included, to a device: batches are then made there.
+
+    Raises `ValueError` for a mapped one.
+    """
+    if self.z is None:
+        raise ValueError('latents that are mapped from disk cannot move to a device: open them with resident=True')
+    self.y, self.z = self.y.to(device), {k: v.to(device) for k, v in self.z.items()}
+    return self
+
+# %% ../nbs/06_latents.ipynb #4ac9466d
+@patch(as_prop=True)
+def classes(self: LatentDataset) -> int:
+    "Number of classes: those that the images' source named, or one more than the largest label."
+    return max(len(self.index['source'].get('classes', ())), int(self.y.max()) + 1)
+
+# %% ../nbs/06_latents.ipynb #cafa0178
+@patch
+def _by_shard(self: LatentDataset, indices: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    "For every shard that holds some of the images: its number, which of them, and their rows in it."
+    which = torch.searchsorted(self._ends, indices, right=True)
+    for s in which.unique().tolist():
+        here = which == s
+        yield s, here, indices[here] - (self._ends[s] - len(self._maps[s]['y']))
+
+# %% ../nbs/06_latents.ipynb #06275d27
+@patch
+def _gather(self: LatentDataset, k: str, indices: Tensor) -> Tensor:
+    "Latents of some images, 'z' or 'z_flip', in their stored precision."
+    if self.z is not None: return self.z[k][indices]
+    out = torch.empty(len(indices), *self.index['shape'], dtype=self._maps[0][k].dtype)
+    for s, here, rows in self._by_shard(indices):
+        out[here] = self._maps[s][k][rows]
+    return out
+
+# %% ../nbs/06_latents.ipynb #bd805a24
 def send_to(
     x: Tensor,             # anywhere
     device: torch.device   # where it is wanted
 ) -> Tensor: # the same values on `device`
     "Copy to a device without making the host wait for what that device is doing: from pinned memory if it is a GPU."
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' and x.device.type == 'cpu' else x.to(device)
+    if device.type == 'cuda' and x.device.type == 'cpu': return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
-class LatentDataset:
-    "Cached latents: `batch(indices, flips)` gives `(z [B, d, h, w] float32, y [B])`."
-    def __init__(self,
-        folder: str | Path,                  # made by `encode_latents`
-        latent_identity: str | None = None,  # refuse latents of any other tokenizer
-        spherical: bool = False,             # project tokens onto the sphere when reading
-        resident: bool | None = None,        # hold everything in memory; None: if it takes less than a quarter of what is free
-        verify: bool = False                 # compare checksums (one pass over the files)
-    ):
-        self.folder, self.spherical = Path(folder), spherical
-        keys = 'tokenizer', 'source', 'shards', 'shape', 'count', 'flip'
-        what, remedy = f'index of latents in {folder}', 'make them with slfm_encode'
-        self.index = read_json(self.folder/'index.json', what, remedy, keys)
-        made_by = self.index['tokenizer']
-        if latent_identity not in (None, made_by['latent_identity']):
-            raise ValueError(f'latents at {folder} were made by tokenizer {made_by["name"]} ({made_by["latent_identity"]}), wanted {latent_identity}: encode again or give the matching tokenizer')
-        self._maps = [self._map(shard, verify) for shard in self.index['shards']]
-        counts = torch.tensor([len(m['y']) for m in self._maps])
-        self._ends = counts.cumsum(0)
-        self.y, self.z = torch.cat([m['y'] for m in self._maps]), None
-        self.bytes = sum(m[k].nbytes for m in self._maps for k in self._fields())
-        if self.bytes < psutil.virtual_memory().available/4 if resident is None else resident: self._load()
+# %% ../nbs/06_latents.ipynb #e676662c
+@patch
+def batch(self: LatentDataset,
+    indices: Tensor,             # which images [B]
+    flips: Tensor | None = None  # take the mirrored latent where True [B]; ignored without stored flips
+) -> tuple[Tensor, Tensor]: # (z [B, d, h, w] float32, y [B])
+    "Latents and labels of some images, where the set lives. Raises `ValueError` for values that are not finite."
+    indices = send_to(indices, self.y.device)
+    z = self._gather('z', indices)
+    if flips is not None and self.index['flip']:
+        z = torch.where(send_to(flips, z.device).view(-1, 1, 1, 1), self._gather('z_flip', indices), z)
+    if self.z is None:
+        check_tokens(z, f'latents {indices[:4].tolist()}... in {self.folder}', zero_ok=not self.spherical)
+    return project(z.float()) if self.spherical else z.float(), self.y[indices]
 
-    def _fields(self) -> tuple: return ('z', 'z_flip')[:1 + self.index['flip']]
+# %% ../nbs/06_latents.ipynb #4e118d37
+def _start_of(file: int, key: str) -> int:
+    "Where the values of a tensor begin."
+    begin = 8 + int.from_bytes(os.pread(file, 8, 0), 'little')
+    header = json.loads(os.pread(file, begin - 8, 8))
+    return begin + header[key]['data_offsets'][0]
 
-    def _map(self, shard: dict, verify: bool) -> dict:
-        "Tensors of a shard, mapped from the file and not yet read."
-        path = self.folder/shard['file']
-        if not path.exists(): raise FileNotFoundError(f'shard {path} is missing: encode again')
-        if path.stat().st_size != shard['bytes']: raise ValueError(f'shard {path} is truncated or foreign: {path.stat().st_size} bytes instead of {shard["bytes"]}; encode again')
-        if verify and _sha256(path) != shard['sha256']: raise ValueError(f'shard {path} does not match its checksum: it is damaged or foreign; encode again')
-        try: found = load_file(path)
-        except SafetensorError as e: raise ValueError(f'shard {path} cannot be read: {e}') from e
-        for k in self._fields():
-            if k not in found or list(found[k].shape) != [shard['count'], *self.index['shape']]: raise ValueError(f'shard {path} does not hold {shard["count"]} latents {k} of {self.index["shape"]}: it is foreign; encode again')
-        return found
+def _read_pieces(file: int, start: int, begin: int, end: int, piece: int = 2**25):
+    "Read the bytes of a tensor from `begin` to `end`, in pieces of 32 MiB, and keep none of them."
+    for at in range(begin//piece*piece, end, piece):
+        os.pread(file, piece, start + at)
 
-    def _load(self):
-        "Copy everything into memory, checking that it is finite."
-        for shard, m in zip(self.index['shards'], self._maps):
-            for k in self._fields(): check_tokens(m[k], f'latents in {self.folder/shard["file"]}', self.index['shape'][0], zero_ok=not self.spherical)
-        self.z = {k: torch.cat([m[k] for m in self._maps]) for k in self._fields()}
-        self._maps = None
+# %% ../nbs/06_latents.ipynb #419f487a
+@patch
+def read_ahead(self: LatentDataset,
+    indices: Tensor # images that will be wanted soon
+):
+    """Bring the parts of mapped files that hold these images into the page cache.
 
-    def to(self,
-        device: str | torch.device # where everything goes
-    ) -> 'LatentDataset': # itself
-        "Move a set that is in memory, labels included, to a device: batches are then made there. Raises `ValueError` for a mapped one."
-        if self.z is None: raise ValueError('latents that are mapped from disk cannot move to a device: open them with resident=True')
-        self.y, self.z = self.y.to(device), {k: v.to(device) for k, v in self.z.items()}
-        return self
-
-    def __len__(self): return self.index['count']
-
-    @property
-    def content(self) -> str: # 16 hexadecimal digits
-        "Hash of what the latents are: the checksums of the shards in order, their shape, type and flips."
-        return digest_of([s['sha256'] for s in self.index['shards']], self.index['shape'], self.index.get('dtype'), self.index['flip'])
-
-    @property
-    def classes(self) -> int:
-        "Number of classes: those that the images' source named, or one more than the largest label."
-        return max(len(self.index['source'].get('classes', ())), int(self.y.max()) + 1)
-
-    def _gather(self, k: str, indices: Tensor) -> Tensor:
-        if self.z is not None: return self.z[k][indices]
-        out, which = torch.empty(len(indices), *self.index['shape'], dtype=self._maps[0][k].dtype), torch.searchsorted(self._ends, indices, right=True)
-        for s in which.unique().tolist():
-            here = which == s
-            out[here] = self._maps[s][k][indices[here] - (self._ends[s] - len(self._maps[s]['y']))]
-        return out
-
-    def batch(self,
-        indices: Tensor,             # which images [B]
-        flips: Tensor | None = None  # take the mirrored latent where True [B]; ignored without stored flips
-    ) -> tuple[Tensor, Tensor]: # (z [B, d, h, w] float32, y [B])
-        "Latents and labels of some images, where the set lives. Raises `ValueError` for values that are not finite."
-        indices = send_to(indices, self.y.device)
-        z = self._gather('z', indices)
-        if flips is not None and self.index['flip']: z = torch.where(send_to(flips, z.device).view(-1, 1, 1, 1), self._gather('z_flip', indices), z)
-        if self.z is None: check_tokens(z, f'latents {indices[:4].tolist()}... in {self.folder}', zero_ok=not self.spherical)
-        return project(z.float()) if self.spherical else z.float(), self.y[indices]
-
-    def read_ahead(self,
-        indices: Tensor # images that will be wanted soon
-    ):
-        "Bring the parts of mapped files that hold these images into the page cache, from front to back in pieces of 32 MiB."
-        if self.z is not None: return
-        piece = 2**25
-        for s in torch.searchsorted(self._ends, indices, right=True).unique().tolist():
-            here = indices[(indices < self._ends[s]) & (indices >= self._ends[s] - len(self._maps[s]['y']))] - (self._ends[s] - len(self._maps[s]['y']))
-            with open(self.folder/self.index['shards'][s]['file'], 'rb') as f:
-                for k in self._fields():
-                    row = self._maps[s][k][0].nbytes
-                    begin = 8 + int.from_bytes(os.pread(f.fileno(), 8, 0), 'little')
-                    header = json.loads(os.pread(f.fileno(), begin - 8, 8))
-                    at = begin + header[k]['data_offsets'][0]
-                    for start in range(int(here.min())*row//piece*piece, (int(here.max()) + 1)*row, piece): os.pread(f.fileno(), piece, at + start)
+    They are read from front to back in pieces of 32 MiB.
+    """
+    if self.z is not None: return
+    for s, _, rows in self._by_shard(indices):
+        first, end = int(rows.min()), int(rows.max()) + 1
+        with open(self.folder/self.index['shards'][s]['file'], 'rb') as f:
+            for k in self._fields():
+                width = self._maps[s][k][0].nbytes # of a row
+                _read_pieces(f.fileno(), _start_of(f.fileno(), k), first*width, end*width)
 
 # %% ../nbs/06_latents.ipynb #30f79f13
 class WindowOrder(DataOrder):
-    "A `DataOrder` whose epochs run through windows: blocks of neighbours in random order, then images within a window of blocks in random order."
+    """A `DataOrder` whose epochs run through windows.
+
+    Blocks of neighbours come in random order, then images within a window of blocks in random order.
+    """
+    coming: Callable[..., tuple[int, Tensor]] #: given below
+
     def __init__(self,
         count: int,            # images
         batch_size: int,       # images per step
@@ -853,19 +1255,27 @@ class WindowOrder(DataOrder):
         rows = torch.cat([torch.arange(s, min(s + self.block, self.count)) for s in starts.tolist()])
         return torch.cat([w[torch.randperm(len(w), generator=g)] for w in rows.split(self.window)])
 
-    def coming(self,
-        step: int # step number, from 0
-    ) -> tuple[int, Tensor]: # number of the window a step begins in, images of the window after it
-        "What to read ahead at a step."
-        epoch, at = divmod(step*self.batch_size, self.count)
-        windows = -(-self.count//self.window)
-        k = at//self.window
-        following = self._permutation(epoch)[(k + 1)*self.window:(k + 2)*self.window] if k + 1 < windows else self._permutation(epoch + 1)[:self.window]
-        return epoch*windows + k, following
+# %% ../nbs/06_latents.ipynb #b2273683
+@patch
+def coming(self: WindowOrder,
+    step: int # step number, from 0
+) -> tuple[int, Tensor]: # number of the window a step begins in, images of the window after it
+    "What to read ahead at a step."
+    epoch, at = divmod(step*self.batch_size, self.count)
+    windows = -(-self.count//self.window)
+    k = at//self.window
+    if k + 1 == windows: return epoch*windows + k, self._permutation(epoch + 1)[:self.window]
+    return epoch*windows + k, self._permutation(epoch)[(k + 1)*self.window:(k + 2)*self.window]
 
 # %% ../nbs/06_latents.ipynb #d2904a98
 class LatentLoader:
-    "The batches of a run by step: `(z [b, d, h, w] float32, y [b])` for this process's share. `.waited` are the seconds the caller has waited."
+    """The batches of a run by step: `(z [b, d, h, w] float32, y [b])` for this process's share.
+
+    `.waited` are the seconds the caller has waited.
+    """
+    _prepare: Callable[..., tuple[Tensor, Tensor]]
+    _read_next_window: Callable[..., None]
+
     def __init__(self,
         data: LatentDataset,             # where latents are
         batch_size: int,                 # images per step over all processes
@@ -878,27 +1288,36 @@ class LatentLoader:
     ):
         self.data, self.seed, self.flip, self.share, self.device = data, seed, flip, share, torch.device(device)
         self.order = WindowOrder(len(data), batch_size, seed, window)
-        self._ahead = ReadAhead(self._read, depth)
+        self._ahead = ReadAhead(self._prepare, depth)
         self._window: int | None = None
-
-    @property
-    def waited(self) -> float: # seconds
-        "How long the loop has waited for batches so far."
-        return self._ahead.waited
-
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        flips = torch.rand(self.order.batch_size, generator=seeded_generator('cpu', self.seed, 5, step)) < self.flip
-        z, y = self.data.batch(self.order.indices(step)[self.share], flips[self.share])
-        return (z.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' and z.device.type == 'cpu' else (z, y)
 
     def __call__(self,
         step: int # step number, from 0
     ) -> tuple[Tensor, Tensor]: # (z, y), on `device`
         "Latents and labels of a step."
         if self.data.z is None:
-            window, following = self.order.coming(step)
-            if window != self._window:
-                self._window = window
-                threading.Thread(target=self.data.read_ahead, args=(following,), daemon=True).start()
-        z, y = self._read(step) if self.data.y.device.type == 'cuda' else self._ahead(step)
+            self._read_next_window(step)
+        z, y = self._prepare(step) if self.data.y.device.type == 'cuda' else self._ahead(step)
         return z.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    @property
+    def waited(self) -> float: # seconds
+        "How long the loop has waited for batches so far."
+        return self._ahead.waited
+
+# %% ../nbs/06_latents.ipynb #07f17c3b
+@patch
+def _prepare(self: LatentLoader, step: int) -> tuple[Tensor, Tensor]:
+    "This process's share of a batch, where the latents are."
+    flips = torch.rand(self.order.batch_size, generator=seeded_generator('cpu', self.seed, 5, step)) < self.flip
+    z, y = self.data.batch(self.order.indices(step)[self.share], flips[self.share])
+    return (z.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' and z.device.type == 'cpu' else (z, y)
+
+# %% ../nbs/06_latents.ipynb #54a4eae7
+@patch
+def _read_next_window(self: LatentLoader, step: int):
+    "Where a step enters a window, bring the one after it into memory, in a thread of its own."
+    window, following = self.order.coming(step)
+    if window == self._window: return
+    self._window = window
+    threading.Thread(target=self.data.read_ahead, args=(following,), daemon=True).start()

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'guided_velocity', 'check_guidance', 'check_classes', 'runge_kutta', 'euler', 'heun', 'rk4',
-           'adams_weights', 'bogacki_shampine', 'adaptive', 'Solver', 'initial_noise', 'sample', 'load_run',
-           'tokenizer_for', 'FlowSchedulerOutput', 'FlowScheduler', 'SphericalSiTPipeline']
+           'adams_weights', 'bogacki_shampine', 'adaptive', 'Solver', 'initial_noise', 'trajectory', 'sample',
+           'load_run', 'tokenizer_for', 'FlowSchedulerOutput', 'FlowScheduler', 'SphericalSiTPipeline']
 
 # %% ../nbs/09_sampling.ipynb #3d931301
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -30,6 +33,12 @@ from .paths import ARMS, Path as FlowPath, arm_path, shift_time
 from .sit import SiT
 from .sphere import check_range, check_tokens
 from .tokenizers import LatentTransform, Tokenizer, load_tokenizer, tensor_digest, to_uint8
+
+# %% ../nbs/09_sampling.ipynb #efd7f346
+def _with_and_without(model: Callable, z: Tensor, times: Tensor, y: Tensor, away: int) -> tuple[Tensor, ...]:
+    "v_c and v_u at the same positions, from one batch of twice the size."
+    classes = torch.cat([y, torch.full_like(y, away)])
+    return model(torch.cat([z, z]), torch.cat([times, times]), classes).float().chunk(2)
 
 # %% ../nbs/09_sampling.ipynb #3a2f001f
 def guided_velocity(
@@ -46,12 +55,13 @@ def guided_velocity(
     "v_u + w (v_c - v_u), projected to the path's tangent space. Raises `ValueError` for guidance without a null class."
     own = t if isinstance(t, Tensor) and t.ndim else None
     times = torch.full((len(z),), float(t), device=z.device) if own is None else own.to(z.dtype)
-    if guidance == 1. or own is None and not interval[0] <= t <= interval[1]: return path.tangent(z, model(z, times, y).float())
+    if guidance == 1. or own is None and not interval[0] <= t <= interval[1]:
+        return path.tangent(z, model(z, times, y).float())
     from_class = null_class if negative is None else negative
     if from_class is None: raise ValueError('guidance needs a class to lead away from: give null_class')
-    away = torch.full_like(y, from_class)
-    with_class, without = model(torch.cat([z, z]), torch.cat([times, times]), torch.cat([y, away])).float().chunk(2)
-    w = torch.where((times >= interval[0]) & (times <= interval[1]), guidance, 1.).view(-1, 1, 1, 1) if own is not None else guidance
+    with_class, without = _with_and_without(model, z, times, y, from_class)
+    inside = (times >= interval[0]) & (times <= interval[1])
+    w = guidance if own is None else torch.where(inside, guidance, 1.).view(-1, 1, 1, 1)
     return path.tangent(z, without + w*(with_class - without))
 
 # %% ../nbs/09_sampling.ipynb #7789be02
@@ -69,6 +79,7 @@ def check_guidance(
     raise ValueError(f'none of the {len(times)} steps begins between {begin} and {end}, where guidance '
                      'applies: take more steps or a longer interval')
 
+# %% ../nbs/09_sampling.ipynb #785f018a
 def check_classes(
     labels: Tensor,               # classes [N]
     classes: int | None,          # how many the model knows; None if nobody knows
@@ -80,6 +91,11 @@ def check_classes(
         if classes is not None and len(y) and not (0 <= y.min() and y.max() < classes):
             raise ValueError(f'{what} {int(y.min() if y.min() < 0 else y.max())} is out of range: '
                              f'this model knows classes 0 to {classes - 1}')
+
+# %% ../nbs/09_sampling.ipynb #7019af94
+def _per_sample(dt: float | Tensor) -> float | Tensor:
+    "A step as it is added to times: a number, or [B] from what fits positions."
+    return dt.flatten() if isinstance(dt, Tensor) else dt
 
 # %% ../nbs/09_sampling.ipynb #6a6bc8bb
 def runge_kutta(
@@ -96,9 +112,10 @@ def runge_kutta(
     ks = [field(z, t) if first is None else first]
     for c, row in zip(nodes, rows):
         u = dt*sum(a*k for a, k in zip(row, ks) if a)
-        ks.append(path.pullback(z, u, field(path.step(z, u, 1.), t + c*(dt.flatten() if torch.is_tensor(dt) else dt))))
+        ks.append(path.pullback(z, u, field(path.step(z, u, 1.), t + c*_per_sample(dt))))
     return ks
 
+# %% ../nbs/09_sampling.ipynb #6e6f1ded
 def euler(
     field: Callable, # (z, t) -> tangential velocity
     path: FlowPath,  # how to step
@@ -110,6 +127,7 @@ def euler(
     "One evaluation per step: step(z, v(z, t), dt)."
     return path.step(z, field(z, t), dt)
 
+# %% ../nbs/09_sampling.ipynb #01a526b9
 def heun(
     field: Callable, # (z, t) -> tangential velocity
     path: FlowPath,  # how to step and to read velocities
@@ -123,6 +141,7 @@ def heun(
     a, b = runge_kutta(field, path, z, t, dt, (1.,), ((1.,),), first)
     return path.step(z, (a + b)/2, dt)
 
+# %% ../nbs/09_sampling.ipynb #a6072657
 def rk4(
     field: Callable, # (z, t) -> tangential velocity
     path: FlowPath,  # how to step and to read velocities
@@ -145,14 +164,17 @@ def adams_weights(
     tau = (np.array(times, dtype=np.float64) - t)/dt
     return np.linalg.solve(np.vander(tau, increasing=True).T, 1/np.arange(1, len(tau) + 1)).tolist()
 
+# %% ../nbs/09_sampling.ipynb #61303d9c
 def _adams(steps: int) -> Callable:
+    "The method that looks back on so many velocities."
     def solver(field: Callable, path: FlowPath, z: Tensor, t: float, dt: float, past: list) -> Tensor:
         v = field(z, t)
         past.insert(0, (t, z, v))
         del past[steps:]
         if len(past) == 1: return heun(field, path, z, t, dt, past, v)
         carried = [v, *(path.transport(then, z, w) for _, then, w in past[1:])]
-        return path.step(z, sum(a*w for a, w in zip(adams_weights([s for s, *_ in past], t, dt), carried)), dt)
+        weights = adams_weights([s for s, *_ in past], t, dt)
+        return path.step(z, sum(a*w for a, w in zip(weights, carried)), dt)
     return solver
 
 # %% ../nbs/09_sampling.ipynb #fde191bf
@@ -164,13 +186,30 @@ def bogacki_shampine(
     dt,              # step: a number, or a tensor [B, 1, 1, 1]
     first: Tensor | None = None # velocity at `z`, if it is known
 ) -> tuple[Tensor, Tensor, Tensor]: # positions at t + dt, velocities there, estimated error as tangent vectors at `z`
-    "Third-order step with an embedded second-order one. The last velocity is the first of the next step, so three evaluations per step."
+    """Third-order step with an embedded second-order one.
+
+    The last velocity is the first of the next step, so three evaluations per step.
+    """
     a, b, c = runge_kutta(field, path, z, t, dt, (.5, .75), ((.5,), (0, .75)), first)
     u = dt*(2*a + 3*b + 4*c)/9
     ahead = path.step(z, u, 1.)
-    v = field(ahead, t + (dt.flatten() if torch.is_tensor(dt) else dt))
+    v = field(ahead, t + _per_sample(dt))
     return ahead, v, dt*(-5*a/72 + b/12 + c/9 - path.pullback(z, u, v)/8)
 
+# %% ../nbs/09_sampling.ipynb #8d277b6f
+def _error_size(error: Tensor) -> Tensor:
+    "Root mean square per sample [B]. Raises `FloatingPointError` if it is not finite."
+    size = error.square().mean((1, 2, 3)).sqrt()
+    if bool(size.isfinite().all()): return size
+    raise FloatingPointError('a velocity became NaN or Inf while sampling: the model has diverged, '
+                             'or precision is too low')
+
+# %% ../nbs/09_sampling.ipynb #14572d53
+def _next_step(h: Tensor, size: Tensor, tolerance: float) -> Tensor:
+    "Steps that should meet the tolerance, from the last ones and their errors."
+    return h.clamp_min(1e-6)*(.9*(tolerance/size.clamp_min(1e-12))**(1/3)).clamp(.2, 5.)
+
+# %% ../nbs/09_sampling.ipynb #26d2da94
 def adaptive(
     field: Callable,         # (z, t) -> tangential velocity, for times [B]
     path: FlowPath,          # how to step and to read velocities
@@ -178,19 +217,24 @@ def adaptive(
     tolerance: float = 1e-2, # accepted error of a step, as root mean square per latent value
     limit: int = 1000        # rounds of the loop
 ) -> tuple[Tensor, int]: # positions at t=1, and evaluations of the whole batch
-    "From 0 to 1 by `bogacki_shampine` with a step of its own for every sample. Raises `FloatingPointError` if the limit is reached or a velocity is not finite."
-    t, dt, spread = torch.zeros(len(z), device=z.device, dtype=z.dtype), torch.full((len(z),), .05, device=z.device, dtype=z.dtype), (-1, 1, 1, 1)
+    """From 0 to 1 by `bogacki_shampine` with a step of its own for every sample.
+
+    Raises `FloatingPointError` if the limit is reached or a velocity is not finite.
+    """
+    spread = (-1, 1, 1, 1)
+    t = torch.zeros(len(z), device=z.device, dtype=z.dtype)
+    dt = torch.full_like(t, .05)
     v, evaluations = field(z, t), 1
     for _ in range(limit):
         if bool((t >= 1).all()): return z, evaluations
         h = torch.minimum(dt, 1 - t).clamp_min(0)
         ahead, then, error = bogacki_shampine(field, path, z, t, h.view(spread), v)
-        size, evaluations = error.square().mean((1, 2, 3)).sqrt(), evaluations + 3
-        if not bool(size.isfinite().all()): raise FloatingPointError('a velocity became NaN or Inf while sampling: the model has diverged, or precision is too low')
+        evaluations += 3
+        size = _error_size(error)
         accepted = (size <= tolerance) & (h > 0)
         z, v = (torch.where(accepted.view(spread), new, old) for new, old in ((ahead, z), (then, v)))
         t = torch.where(accepted, torch.where(h >= 1 - t, 1., t + h), t)
-        dt = h.clamp_min(1e-6)*(.9*(tolerance/size.clamp_min(1e-12))**(1/3)).clamp(.2, 5.)
+        dt = _next_step(h, size, tolerance)
     raise FloatingPointError(f'tolerance {tolerance} was not reached in {limit} rounds: raise it')
 
 # %% ../nbs/09_sampling.ipynb #dcbcc336
@@ -200,6 +244,7 @@ class Solver(NamedTuple):
     order: int        # of convergence
     evaluations: int  # of the field per step
 
+# %% ../nbs/09_sampling.ipynb #c7a5ab96
 #: Solvers of fixed steps by name; 'adaptive' is another.
 METHODS = {
     'euler': Solver(euler, 1, 1),
@@ -209,7 +254,7 @@ METHODS = {
     'adams3': Solver(_adams(3), 3, 1),
 }
 
-# %% ../nbs/09_sampling.ipynb #b0f97080
+# %% ../nbs/09_sampling.ipynb #29c68656
 def initial_noise(
     path: FlowPath,           # whose prior
     shape: tuple,             # (d, h, w)
@@ -220,6 +265,62 @@ def initial_noise(
     if not len(numbers): return torch.empty(0, *shape)
     return torch.cat([path.prior((1, *shape), seeded_generator('cpu', seed, 3, n)) for n in numbers])
 
+# %% ../nbs/09_sampling.ipynb #875055be
+def trajectory(
+    field: Callable,       # (z, t) -> tangential velocity
+    path: FlowPath,        # how to step
+    z: Tensor,             # positions at the first time
+    times: list,           # t_0 < t_1 < ...: one step from each to the next
+    method: str = 'euler'  # a key of `METHODS`
+) -> Iterator[tuple[float, Tensor]]: # (t, positions) after every step
+    "Follow a field by a solver of fixed steps."
+    past: list = []
+    for t, ahead in zip(times, times[1:]):
+        z = METHODS[method].step(field, path, z, t, ahead - t, past)
+        yield ahead, z
+
+# %% ../nbs/09_sampling.ipynb #c8267b0c
+def _step_times(steps: int, shift: float) -> Tensor:
+    "Times 0, ..., 1 of equal steps, then shifted; float64."
+    return shift_time(torch.arange(steps + 1, dtype=torch.float64)/steps, shift)
+
+# %% ../nbs/09_sampling.ipynb #f9c7e7ba
+def _check_words(method: str, precision: str):
+    "Refuse unknown methods and precisions."
+    if method not in (*METHODS, 'adaptive'):
+        raise ValueError(f'unknown method {method!r}: choose one of {", ".join(METHODS)}, adaptive')
+    if precision not in ('float32', 'bf16'): raise ValueError(f'precision must be float32 or bf16, got {precision!r}')
+
+# %% ../nbs/09_sampling.ipynb #741529c0
+def _latent_shape(model: Callable) -> tuple:
+    "(d, h, w) by the model's config. Raises `ValueError` if it has none."
+    config = getattr(model, 'config', None)
+    if config is None: raise ValueError('a model without config needs the shape of its latents: give shape=(d, h, w)')
+    return config.in_channels, config.input_size, config.input_size
+
+def _device_of(model: Callable) -> torch.device:
+    "Where the parameters of a network are; the CPU for anything else."
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device('cpu'))
+
+# %% ../nbs/09_sampling.ipynb #dbba6d16
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    "Eval mode for a while, if the model was training."
+    training = getattr(model, 'training', False)
+    if training: model.eval()
+    try:
+        yield
+    finally:
+        if training: model.train()
+
+# %% ../nbs/09_sampling.ipynb #b5e51847
+def _walk(field: Callable, path: FlowPath, z: Tensor, times: list, method: str, tolerance: float) -> Iterator[tuple]:
+    "`trajectory` by any method; 'adaptive' hands over the end alone."
+    if method != 'adaptive': yield from trajectory(field, path, z, times, method)
+    else: yield 1., adaptive(field, path, z, tolerance)[0]
+
+# %% ../nbs/09_sampling.ipynb #b0f97080
 @torch.no_grad()
 def sample(
     model: nn.Module,             # a `SiT` or anything that maps (z, t, y) to a velocity
@@ -246,43 +347,56 @@ def sample(
 
     Raises `ValueError` for unknown methods, numbers or classes out of range, and guidance that would do nothing.
     """
-    if method not in (*METHODS, 'adaptive'): raise ValueError(f'unknown method {method!r}: choose one of {", ".join(METHODS)}, adaptive')
-    if precision not in ('float32', 'bf16'): raise ValueError(f'precision must be float32 or bf16, got {precision!r}')
+    _check_words(method, precision)
     check_range(1, steps=steps, batch_size=batch_size)
     check_range(0, first=first)
     check_range(1e-8, tolerance=tolerance)
-    times = shift_time(torch.arange(steps + 1, dtype=torch.float64)/steps, shift).tolist()
+    times = _step_times(steps, shift).tolist()
     check_guidance(guidance, interval, None if method == 'adaptive' else times[:-1])
-    config = getattr(model, 'config', None)
-    if shape is None:
-        if config is None: raise ValueError('a model without config needs the shape of its latents: give shape=(d, h, w)')
-        shape = config.in_channels, config.input_size, config.input_size
-    classes = classes if classes is not None else getattr(config, 'num_classes', None)
+    shape = _latent_shape(model) if shape is None else shape
+    classes = classes if classes is not None else getattr(getattr(model, 'config', None), 'num_classes', None)
     labels = torch.as_tensor(labels)
     check_classes(labels, classes, negative)
     if guidance != 1. and classes is None: raise ValueError('guidance needs the number of classes: give classes=')
-    device = next((p.device for p in model.parameters()), torch.device('cpu')) if isinstance(model, nn.Module) else torch.device('cpu')
     if noise is not None: check_tokens(noise, 'noise', shape[0])
-    training = getattr(model, 'training', False)
-    if training: model.eval()
-    done, bar = [], tqdm(total=-(-len(labels)//batch_size)*(1 if method == 'adaptive' else steps), desc=f'sampling ({method})', disable=not progress)
-    for k in range(0, len(labels), batch_size):
-        rows = range(k, min(k + batch_size, len(labels)))
-        z = initial_noise(path, shape, [first + n for n in rows], seed) if noise is None else noise[rows.start:rows.stop]
-        z, y = z.to(device, torch.float32), labels[rows.start:rows.stop].to(device)
-        field = lambda z, t: guided_velocity(model, path, z, t, y, guidance, interval, classes, negative)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
-            if method == 'adaptive': z = adaptive(field, path, z, tolerance)[0]
-            past: list = []
-            for t, ahead in zip(times, times[1:]) if method != 'adaptive' else ():
-                z = METHODS[method].step(field, path, z, t, ahead - t, past)
-                if on_step is not None: on_step(ahead, z)
-                bar.update()
-            if method == 'adaptive': bar.update()
-        done.append(z)
-    bar.close()
-    if training: model.train()
+    device = _device_of(model)
+    flow = partial(guided_velocity, model, path, guidance=guidance, interval=interval, null_class=classes,
+                   negative=negative)
+    rounds = -(-len(labels)//batch_size)*(1 if method == 'adaptive' else steps)
+    done: list[Tensor] = []
+    with _eval_mode(model), tqdm(total=rounds, desc=f'sampling ({method})', disable=not progress) as bar:
+        for k in range(0, len(labels), batch_size):
+            rows = range(k, min(k + batch_size, len(labels)))
+            numbers = [first + n for n in rows]
+            z = initial_noise(path, shape, numbers, seed) if noise is None else noise[rows.start:rows.stop]
+            z = z.to(device, torch.float32)
+            field = partial(flow, y=labels[rows.start:rows.stop].to(device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
+                for t, z in _walk(field, path, z, times, method, tolerance):
+                    if on_step is not None and method != 'adaptive': on_step(t, z)
+                    bar.update()
+            done.append(z)
     return torch.cat(done) if done else torch.empty(0, *shape, device=device)
+
+# %% ../nbs/09_sampling.ipynb #e53f5de9
+def _checkpoint_of(run: str | Path, step: int | None) -> Path:
+    "Folder of the newest checkpoint, or of that of a step. Raises `FileNotFoundError` if there is none."
+    found = {int(c.name.removeprefix('step-')): c for c in checkpoints(run)}
+    if not found:
+        raise FileNotFoundError(f'no checkpoint in {run}: wanted {Path(run)/"checkpoints"/"step-..."}; '
+                                'train first with slfm_train')
+    folder = newest_checkpoint(run) if step is None else found.get(step)
+    if folder is not None: return folder
+    raise FileNotFoundError(f'{run} has no checkpoint of step {step}, only {", ".join(map(str, found))}')
+
+# %% ../nbs/09_sampling.ipynb #7aa75db5
+def _read_checkpoint(folder: Path, weights: str) -> tuple[SiT, dict]:
+    "Model and record of a checkpoint. Raises `ValueError` if it is damaged."
+    try:
+        record = json.loads((folder/'state.json').read_text())
+        return SiT.from_pretrained(folder/('ema' if weights == 'ema' else 'model')), record
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+        raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
 
 # %% ../nbs/09_sampling.ipynb #b44bd770
 def load_run(
@@ -291,20 +405,37 @@ def load_run(
     device: str | torch.device = 'cpu', # where to put the model
     weights: str = 'ema'               # 'ema' (averaged) or 'raw'
 ) -> tuple[SiT, FlowPath, dict]: # model in eval mode, its path, the record with 'weights', their hash
-    "Model and path of a trained run. Raises `FileNotFoundError` if there is no (such) checkpoint, `ValueError` if it is damaged or for unknown weights."
-    if weights not in ('ema', 'raw'): raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
-    found = {int(c.name.removeprefix('step-')): c for c in checkpoints(run)}
-    if not found: raise FileNotFoundError(f'no checkpoint in {run}: wanted {Path(run)/"checkpoints"/"step-..."}; train first with slfm_train')
-    folder = newest_checkpoint(run) if step is None else found.get(step)
-    if folder is None: raise FileNotFoundError(f'{run} has no checkpoint of step {step}, only {", ".join(map(str, found))}')
-    try:
-        record = json.loads((folder/'state.json').read_text())
-        model = SiT.from_pretrained(folder/('ema' if weights == 'ema' else 'model'))
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
-        raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
-    record['weights'] = tensor_digest({'weights': weights}, model.state_dict())
-    return model.to(device).eval().requires_grad_(False), arm_path(record['config']['arm'], record['config'].get('project_velocity', True)), record
+    """Model and path of a trained run.
 
+    Raises `FileNotFoundError` if there is no (such) checkpoint, `ValueError` if it is damaged or for unknown weights.
+    """
+    if weights not in ('ema', 'raw'): raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
+    model, record = _read_checkpoint(_checkpoint_of(run, step), weights)
+    record['weights'] = tensor_digest({'weights': weights}, model.state_dict())
+    path = arm_path(record['config']['arm'], record['config'].get('project_velocity', True))
+    return model.to(device).eval().requires_grad_(False), path, record
+
+# %% ../nbs/09_sampling.ipynb #e2c3a57b
+def _check_identity(found: Tokenizer, wanted: dict, remembered: str | None):
+    "Refuse a tokenizer of other latents, and a decoder that has changed at the remembered place."
+    if found.latent_identity != wanted['latent_identity']:
+        raise ValueError(f'tokenizer {found.name} ({found.latent_identity}) is not the one this run was trained on '
+                         f'({wanted["name"]}, {wanted["latent_identity"]}): give the matching one')
+    if remembered and found.identity.removesuffix('-spherical') != wanted['identity']:
+        raise ValueError(f'the decoder at {remembered} has changed since the latents of this run were encoded: '
+                         'give the one you mean with --tokenizer')
+
+# %% ../nbs/09_sampling.ipynb #7f3919b2
+def _check_projection(found: Tokenizer, arm: str):
+    "Refuse a spherical decoder for an arm that does not project; warn of the reverse."
+    if found.for_sphere and not ARMS[arm].spherical:
+        raise ValueError(f'the decoder of {found.name} was finetuned for projected tokens, which arm {arm} does not '
+                         'make: give the control with --tokenizer')
+    if ARMS[arm].spherical and not found.for_sphere:
+        warnings.warn(f'the decoder of {found.name} never saw projected tokens: slfm_finetune makes one that has',
+                      stacklevel=3)
+
+# %% ../nbs/09_sampling.ipynb #4db7b63f
 def tokenizer_for(
     record: dict,                       # from `load_run`
     tokenizer: str | Path | None = None,# name or folder; None takes the very one whose latents the run was trained on
@@ -312,34 +443,33 @@ def tokenizer_for(
 ) -> Tokenizer: # spherical if the arm is
     """Tokenizer that decodes a run's latents.
 
-    Raises `ValueError` if its latents are not the ones the run was trained on, if what lies at the remembered place has changed, or if its
-    decoder expects projected tokens and the run does not make them; `FileNotFoundError` if nothing lies there.
+    Raises `ValueError` if its latents are not the ones the run was trained on, if what lies at the remembered place
+    has changed, or if its decoder expects projected tokens and the run does not make them; `FileNotFoundError` if
+    nothing lies there.
     """
-    wanted, spherical = record['data']['tokenizer'], ARMS[record['config']['arm']].spherical
+    wanted, arm = record['data']['tokenizer'], record['config']['arm']
     place = wanted.get('place')
-    if tokenizer is None and place and not Path(place).exists():
-        raise FileNotFoundError(f'the tokenizer of this run lay at {place} and is not there any more: give it with --tokenizer')
-    found = load_tokenizer(tokenizer or place or wanted['name'], spherical=spherical, device=device)
-    if found.latent_identity != wanted['latent_identity']:
-        raise ValueError(f'tokenizer {found.name} ({found.latent_identity}) is not the one this run was trained on ({wanted["name"]}, {wanted["latent_identity"]}): give the matching one')
-    if tokenizer is None and place and found.identity.removesuffix('-spherical') != wanted['identity']:
-        raise ValueError(f'the decoder at {place} has changed since the latents of this run were encoded: give the one you mean with --tokenizer')
-    if found.for_sphere and not spherical:
-        raise ValueError(f'the decoder of {found.name} was finetuned for projected tokens, which arm {record["config"]["arm"]} does not make: give the control with --tokenizer')
-    if spherical and not found.for_sphere:
-        warnings.warn(f'the decoder of {found.name} never saw projected tokens: slfm_finetune makes one that has', stacklevel=2)
+    remembered = place if tokenizer is None else None
+    if remembered and not Path(remembered).exists():
+        raise FileNotFoundError(f'the tokenizer of this run lay at {remembered} and is not there any more: '
+                                'give it with --tokenizer')
+    found = load_tokenizer(tokenizer or place or wanted['name'], spherical=ARMS[arm].spherical, device=device)
+    _check_identity(found, wanted, remembered)
+    _check_projection(found, arm)
     return found
 
-# %% ../nbs/09_sampling.ipynb #3fb13506
+# %% ../nbs/09_sampling.ipynb #9c991c81
 @dataclass
 class FlowSchedulerOutput(BaseOutput):
     "Next positions [B, d, h, w]."
     prev_sample: Tensor
 
+# %% ../nbs/09_sampling.ipynb #ae922a5b
 class FlowScheduler(SchedulerMixin, ConfigMixin):
     "Steps along a path, one evaluation each, as a diffusers scheduler. Timesteps run from 0 (noise) to 1 (data)."
     order = 1
     init_noise_sigma = 1. #: noise is used as it is
+    _past: list           # of a multi-step method
 
     @register_to_config
     def __init__(self,
@@ -348,49 +478,61 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.,             # `shift_time` of the steps
         project_velocity: bool = True  # as the model was trained
     ):
-        if method not in METHODS or METHODS[method].evaluations != 1: raise ValueError(f'a scheduler takes one evaluation per step: method must be euler, adams2 or adams3, got {method!r}')
+        if method not in METHODS or METHODS[method].evaluations != 1:
+            raise ValueError('a scheduler takes one evaluation per step: method must be euler, adams2 or adams3, '
+                             f'got {method!r}')
         self.path = arm_path(arm, project_velocity)
         self.set_timesteps(50)
 
-    def set_timesteps(self,
-        num_inference_steps: int,                 # solver steps
-        device: str | torch.device | None = None  # where to put the times
-    ):
-        "Times 0, ..., shifted; forgets the past of a multi-step method. Raises `ValueError` for fewer than one step."
-        if num_inference_steps < 1: raise ValueError(f'num_inference_steps must be at least 1, got {num_inference_steps}')
-        self.num_inference_steps, self._k = num_inference_steps, 0
-        self._past: list = []
-        self._times = shift_time(torch.arange(num_inference_steps + 1, dtype=torch.float64)/num_inference_steps, self.config.shift)
-        self.timesteps = self._times[:-1].to(device, torch.float32)
+# %% ../nbs/09_sampling.ipynb #3fb13506
+@patch
+def set_timesteps(self: FlowScheduler,
+    num_inference_steps: int,                 # solver steps
+    device: str | torch.device | None = None  # where to put the times
+):
+    "Times 0, ..., shifted; forgets the past of a multi-step method. Raises `ValueError` for fewer than one step."
+    if num_inference_steps < 1: raise ValueError(f'num_inference_steps must be at least 1, got {num_inference_steps}')
+    self.num_inference_steps = num_inference_steps
+    self._past = []
+    self._times = _step_times(num_inference_steps, self.config.shift)
+    self.timesteps = self._times[:-1].to(device, torch.float32)
 
-    def scale_model_input(self,
-        sample: Tensor,                          # positions
-        timestep: float | Tensor | None = None   # not used
-    ) -> Tensor: # the same positions
-        "Nothing to scale; part of the common interface."
-        return sample
+# %% ../nbs/09_sampling.ipynb #a2064e9e
+@patch
+def scale_model_input(self: FlowScheduler,
+    sample: Tensor,                          # positions
+    timestep: float | Tensor | None = None   # not used
+) -> Tensor: # the same positions
+    "Nothing to scale; part of the common interface."
+    return sample
 
-    def add_noise(self,
-        original_samples: Tensor, # data z1 [B, d, h, w]
-        noise: Tensor,            # z0 of the path's prior, same shape
-        timesteps: Tensor         # times [B]
-    ) -> Tensor: # z_t
-        "The point of the path between noise and data."
-        return self.path.interpolate(noise, original_samples, timesteps)[0]
+@patch
+def add_noise(self: FlowScheduler,
+    original_samples: Tensor, # data z1 [B, d, h, w]
+    noise: Tensor,            # z0 of the path's prior, same shape
+    timesteps: Tensor         # times [B]
+) -> Tensor: # z_t
+    "The point of the path between noise and data."
+    return self.path.interpolate(noise, original_samples, timesteps)[0]
 
-    def step(self,
-        model_output: Tensor,      # velocity [B, d, h, w]
-        timestep: float | Tensor,  # one of `timesteps`
-        sample: Tensor,            # positions
-        return_dict: bool = True   # False returns a tuple
-    ) -> FlowSchedulerOutput | tuple:
-        "From this timestep to the next. Multi-step methods begin with an Euler step, since a scheduler cannot ask for a second velocity."
-        k = int((self._times - float(timestep)).abs().argmin())
-        t, ahead = self._times[k:k + 2].tolist()
-        v = self.path.tangent(sample, model_output)
-        if self._past or self.config.method == 'euler': z = METHODS[self.config.method].step(lambda *_: v, self.path, sample, t, ahead - t, self._past)
-        else: self._past, z = [(t, sample, v)], self.path.step(sample, v, ahead - t)
-        return FlowSchedulerOutput(prev_sample=z) if return_dict else (z,)
+# %% ../nbs/09_sampling.ipynb #c3d3daa0
+@patch
+def step(self: FlowScheduler,
+    model_output: Tensor,      # velocity [B, d, h, w]
+    timestep: float | Tensor,  # one of `timesteps`
+    sample: Tensor,            # positions
+    return_dict: bool = True   # False returns a tuple
+) -> FlowSchedulerOutput | tuple:
+    "From this timestep to the next; multi-step methods begin with an Euler step."
+    k = int((self._times - float(timestep)).abs().argmin())
+    t, ahead = self._times[k:k + 2].tolist()
+    v = self.path.tangent(sample, model_output)
+    if self._past or self.config.method == 'euler':
+        z = METHODS[self.config.method].step(lambda *_: v, self.path, sample, t, ahead - t, self._past)
+    else:
+        self._past = [(t, sample, v)]
+        z = self.path.step(sample, v, ahead - t)
+    return FlowSchedulerOutput(prev_sample=z) if return_dict else (z,)
 
 # %% ../nbs/09_sampling.ipynb #99ef808a
 class SphericalSiTPipeline(DiffusionPipeline):
@@ -417,35 +559,56 @@ class SphericalSiTPipeline(DiffusionPipeline):
         "Pipeline of a trained run."
         model, path, record = load_run(run, step)
         tok = tokenizer_for(record, tokenizer)
-        return cls(model, FlowScheduler(record['config']['arm'], project_velocity=record['config'].get('project_velocity', True)), tok.autoencoder, tok.transform.config)
+        projected = record['config'].get('project_velocity', True)
+        scheduler = FlowScheduler(record['config']['arm'], project_velocity=projected)
+        return cls(model, scheduler, tok.autoencoder, tok.transform.config)
 
-    @torch.no_grad()
-    def __call__(self,
-        class_labels: list[int] | Tensor,         # one class per image
-        guidance_scale: float = 1.,               # w; 1 is none
-        num_inference_steps: int = 50,            # solver steps
-        generator: torch.Generator | list[torch.Generator] | None = None, # of the noise; one for all, or one per image
-        guidance_interval: tuple = (0., 1.),      # times in which guidance applies
-        negative_class: int | None = None,        # class to lead away from; None means the null class
-        output_type: str = 'pil',                 # 'pil', 'pt' ([N, 3, H, W] in [-1, 1]) or 'latent'
-        return_dict: bool = True                  # False returns a tuple
-    ) -> ImagePipelineOutput:
-        "Sample images. Raises `ValueError` for classes out of range, another number of generators than images, or an unknown output type."
-        if output_type not in ('pil', 'pt', 'latent'): raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
-        net, path = self.transformer, self.scheduler.path
-        y = torch.atleast_1d(torch.as_tensor(class_labels, device=self.device))
-        check_classes(y, net.config.num_classes, negative_class)
-        check_guidance(guidance_scale, guidance_interval)
-        if isinstance(generator, list) and len(generator) != len(y): raise ValueError(f'{len(generator)} generators were given for {len(y)} images')
-        shape = (net.config.in_channels, net.config.input_size, net.config.input_size)
-        draw = lambda n, g: path.prior((n, *shape), generator=g, device=g.device if g else self.device).to(self.device)
-        z = torch.cat([draw(1, g) for g in generator]) if isinstance(generator, list) else draw(len(y), generator)
-        self.scheduler.set_timesteps(num_inference_steps)
-        for t in self.progress_bar(self.scheduler.timesteps.tolist()):
-            v = guided_velocity(net, path, z, t, y, guidance_scale, guidance_interval, net.config.num_classes, negative_class)
-            z = self.scheduler.step(v, t, z).prev_sample
-        images = z if output_type == 'latent' else self.tokenizer.to(self.device).decode(z)
-        if output_type == 'pil':
-            from torchvision.transforms.functional import to_pil_image
-            images = [to_pil_image(x) for x in to_uint8(images).cpu()]
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+# %% ../nbs/09_sampling.ipynb #2a309d33
+def _draw(path: FlowPath, shape: tuple, generator: torch.Generator | list | None, device: torch.device) -> Tensor:
+    "Noise [N, d, h, w] on a device, from one generator or from one per sample."
+    if isinstance(generator, list):
+        return torch.cat([_draw(path, (1, *shape[1:]), g, device) for g in generator])
+    place = generator.device if generator else device
+    return path.prior(shape, generator=generator, device=place).to(device)
+
+def _decoded(z: Tensor, tokenizer: Tokenizer, output_type: str) -> Tensor | list:
+    "Latents as they are, as images, or as PIL images."
+    if output_type == 'latent': return z
+    images = tokenizer.decode(z)
+    if output_type == 'pt': return images
+    from torchvision.transforms.functional import to_pil_image
+    return [to_pil_image(x) for x in to_uint8(images).cpu()]
+
+# %% ../nbs/09_sampling.ipynb #28041cb7
+@patch
+@torch.no_grad()
+def __call__(self: SphericalSiTPipeline,
+    class_labels: list[int] | Tensor,         # one class per image
+    guidance_scale: float = 1.,               # w; 1 is none
+    num_inference_steps: int = 50,            # solver steps
+    generator: torch.Generator | list[torch.Generator] | None = None, # of the noise; one for all, or one per image
+    guidance_interval: tuple = (0., 1.),      # times in which guidance applies
+    negative_class: int | None = None,        # class to lead away from; None means the null class
+    output_type: str = 'pil',                 # 'pil', 'pt' ([N, 3, H, W] in [-1, 1]) or 'latent'
+    return_dict: bool = True                  # False returns a tuple
+) -> ImagePipelineOutput:
+    """Sample images.
+
+    Raises `ValueError` for classes out of range, another number of generators than images, or an unknown output type.
+    """
+    if output_type not in ('pil', 'pt', 'latent'):
+        raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
+    net, path = self.transformer, self.scheduler.path
+    y = torch.atleast_1d(torch.as_tensor(class_labels, device=self.device))
+    check_classes(y, net.config.num_classes, negative_class)
+    check_guidance(guidance_scale, guidance_interval)
+    if isinstance(generator, list) and len(generator) != len(y):
+        raise ValueError(f'{len(generator)} generators were given for {len(y)} images')
+    z = _draw(path, (len(y), *_latent_shape(net)), generator, self.device)
+    guided = partial(guided_velocity, net, path, y=y, guidance=guidance_scale, interval=guidance_interval,
+                     null_class=net.config.num_classes, negative=negative_class)
+    self.scheduler.set_timesteps(num_inference_steps)
+    for t in self.progress_bar(self.scheduler.timesteps.tolist()):
+        z = self.scheduler.step(guided(z, t), t, z).prev_sample
+    images = _decoded(z, self.tokenizer.to(self.device), output_type)
+    return ImagePipelineOutput(images=images) if return_dict else (images,)

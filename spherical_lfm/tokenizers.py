@@ -37,6 +37,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -57,7 +58,7 @@ MARK = '.slfm-tmp-'
 def atomic_write(
     path: str | Path,        # the final name; a link is followed
     folder: bool = False,    # whether a folder is written; else a file
-    existing: str = 'refuse' # a folder that holds something: 'refuse' it, 'add' files to it, or, for its owner alone, 'replace' it
+    existing: str = 'refuse' # a full folder: 'refuse' it, 'add' files to it, or, for its owner alone, 'replace' it
 ):
     """Give a temporary path to write to, then move it to `path` in one step; on any error `path` keeps what it had.
 
@@ -70,27 +71,36 @@ def atomic_write(
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=MARK, dir=path.parent))
         yield stage/path.name
-        _flush(stage/path.name)
-        _check_kind(path, (stage/path.name).is_dir(), existing)
-        if existing == 'add' and path.is_dir(): _move_into(stage/path.name, path)
-        else:
-            if path.is_dir(): os.replace(path, stage/'replaced')
-            os.replace(stage/path.name, path)
-        _flush_folder(path.parent)
+        _put(stage/path.name, path, existing)
     except (OSError, SafetensorError) as e:
-        reason = getattr(e, 'strerror', None) or e
-        raise OSError(getattr(e, 'errno', None), f'cannot write {path}: {reason}; what was there before is untouched') from e
+        reason = f'{getattr(e, "strerror", None) or e}; what was there before is untouched'
+        raise OSError(getattr(e, 'errno', None), f'cannot write {path}: {reason}') from e
     finally:
         if stage is not None: shutil.rmtree(stage, ignore_errors=True)
+
+# %% ../nbs/02_tokenizers.ipynb #19f8069d
+def _put(staged: Path, path: Path, existing: str):
+    "Bring what was written to the disk, then give it its final name."
+    _flush(staged)
+    _check_kind(path, staged.is_dir(), existing)
+    if existing == 'add' and path.is_dir():
+        _move_into(staged, path)
+    else:
+        if path.is_dir(): os.replace(path, staged.parent/'replaced')
+        os.replace(staged, path)
+    _flush_folder(path.parent)
 
 # %% ../nbs/02_tokenizers.ipynb #18c2f749
 def _check_kind(path: Path, folder: bool, existing: str):
     "Refuse a file in place of a folder and the reverse, and a folder in place of another that holds something."
-    if folder and path.is_file(): raise FileExistsError(errno.EEXIST, 'a file is there, and a folder is to be written')
-    if not folder and path.is_dir(): raise FileExistsError(errno.EISDIR, 'a folder is there, and a file is to be written')
+    if folder and path.is_file():
+        raise FileExistsError(errno.EEXIST, 'a file is there, and a folder is to be written')
+    if not folder and path.is_dir():
+        raise FileExistsError(errno.EISDIR, 'a folder is there, and a file is to be written')
     full = folder and path.is_dir() and any(path.iterdir())
     if full and existing == 'refuse': raise FileExistsError(errno.ENOTEMPTY, 'a folder that is not empty is there')
 
+# %% ../nbs/02_tokenizers.ipynb #b2924d0d
 def _move_into(stage: Path, folder: Path):
     "Files one by one, those that say what the others are last."
     for f in sorted((f for f in stage.rglob('*') if f.is_file()), key=lambda f: (f.suffix == '.json', f.name)):
@@ -98,23 +108,29 @@ def _move_into(stage: Path, folder: Path):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(f, target)
 
+# %% ../nbs/02_tokenizers.ipynb #31622cc6
 _UMASK = os.umask(0) # it can be read by setting it only
 os.umask(_UMASK)
 
 def _flush(path: Path):
-    "Bring what was written to the disk, readable for whom the user's umask allows: some writers make files for their owner alone."
+    "Bring what was written to the disk, readable for whom the user's umask allows."
     for f in [path, *path.rglob('*')]:
         if not f.is_file(): continue
-        f.chmod(0o666 & ~_UMASK)
-        with open(f, 'rb+') as h: os.fsync(h.fileno())
+        f.chmod(0o666 & ~_UMASK) # some writers make files for their owner alone
+        with open(f, 'rb+') as h:
+            os.fsync(h.fileno())
 
+# %% ../nbs/02_tokenizers.ipynb #aa29d32f
 def _flush_folder(folder: Path):
     "Bring a renaming to the disk, where the system can."
     if os.name == 'nt': return
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    except OSError: pass # some network file systems cannot
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass # some network file systems cannot
+    finally:
+        os.close(handle)
 
 # %% ../nbs/02_tokenizers.ipynb #3398fba3
 def write_json(
@@ -125,13 +141,16 @@ def write_json(
     if place := _not_finite(value):
         raise ValueError(f'{path} is not written: {place} is NaN or infinite, so something went wrong '
                          'before; look at the images and the weights')
-    with atomic_write(path) as f: f.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
+    with atomic_write(path) as f:
+        f.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
 
+# %% ../nbs/02_tokenizers.ipynb #bc470f08
 def _not_finite(value: Any, at: str = 'the value') -> str | None:
     "Where a nested value holds a number that is none."
     if isinstance(value, float) and not math.isfinite(value): return at
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return next((place for k, v in inside if (place := _not_finite(v, str(k)))), None)
+    if isinstance(value, (list, tuple)): value = dict(enumerate(value))
+    if not isinstance(value, dict): return None
+    return next((place for k, v in value.items() if (place := _not_finite(v, str(k)))), None)
 
 # %% ../nbs/02_tokenizers.ipynb #0a50678c
 #: The manifest of an output folder.
@@ -141,10 +160,13 @@ def read_manifest(
     folder: str | Path # an output folder
 ) -> dict: # empty if there is none of ours
     "What an output folder of ours says of itself: 'made_by', 'purpose', 'format' and perhaps more."
-    try: found = json.loads((Path(folder)/MANIFEST).read_text())
-    except (OSError, ValueError): return {}
+    try:
+        found = json.loads((Path(folder)/MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
     return found if isinstance(found, dict) and found.get('made_by') == 'spherical_lfm' else {}
 
+# %% ../nbs/02_tokenizers.ipynb #0d58efbd
 def _objection(folder: Path, purpose: str) -> str | None:
     "Why a folder cannot be claimed."
     if folder.is_file(): return f'{folder} is a file, and a folder is wanted for {purpose}: choose another place'
@@ -152,79 +174,111 @@ def _objection(folder: Path, purpose: str) -> str | None:
     known = read_manifest(folder).get('purpose')
     if not there or known == purpose: return None
     if known: return f'{folder} holds {known}, not {purpose}: choose another folder'
-    return f'{folder} is not empty ({", ".join(there[:3])}{", ..." if len(there) > 3 else ""}) and was not made for {purpose} by this program: choose another folder'
+    some = ', '.join(there[:3]) + (', ...' if len(there) > 3 else '')
+    return f'{folder} is not empty ({some}) and was not made for {purpose} by this program: choose another folder'
 
+# %% ../nbs/02_tokenizers.ipynb #34fbaaf0
 def claim(
     folder: str | Path, # an output folder; a link is followed
     purpose: str,       # what it is for, such as 'latents' or 'a run'
     make: bool = True,  # make the folder and its manifest; else look only
     **more              # further entries of a new manifest, JSON-ready
 ) -> Path: # the folder
-    "Take a folder for output, on every process alike. Raises `FileExistsError` if it is neither absent, nor empty, nor ours for the same purpose."
+    """Take a folder for output, on every process alike.
+
+    Raises `FileExistsError` if it is neither absent, nor empty, nor ours for the same purpose.
+    """
     folder = Path(folder)
     failure: OSError | None = None
     if processes().is_main_process:
         try:
             if objection := _objection(folder, purpose): raise FileExistsError(objection)
-            if make and not read_manifest(folder):
-                known = {'made_by': 'spherical_lfm', 'purpose': purpose, 'format': 1, 'folder_was_there': folder.exists()}
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder/MANIFEST, known | more)
-        except FileExistsError as e: failure = e
-        except OSError as e: failure = OSError(e.errno, f'cannot write {folder}: {e.strerror}; choose another place')
+            if make and not read_manifest(folder): _make_folder(folder, purpose, more)
+        except FileExistsError as e:
+            failure = e
+        except OSError as e:
+            failure = OSError(e.errno, f'cannot write {folder}: {e.strerror}; choose another place')
     failure = told_by_main(failure)
     if failure: raise failure
     return folder
 
+# %% ../nbs/02_tokenizers.ipynb #9d0fa1e9
+def _make_folder(folder: Path, purpose: str, more: dict):
+    "An output folder with its manifest."
+    known = {'made_by': 'spherical_lfm', 'purpose': purpose, 'format': 1, 'folder_was_there': folder.exists()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder/MANIFEST, known | more)
+
+# %% ../nbs/02_tokenizers.ipynb #9afe70d5
 def claim_file(
     path: str | Path # an output file: JSON, .npz or .png
 ) -> Path: # the file
     "Take a file for output. Raises `FileExistsError` if a folder or somebody else's file is there."
     path = Path(path)
-    if path.is_dir(): raise FileExistsError(f'{path} is a folder, and a file is wanted: give the name of a file in it')
-    if path.exists() and not _is_ours(path): raise FileExistsError(f'{path} is there already and was not made by this program: choose another name')
+    if path.is_dir():
+        raise FileExistsError(f'{path} is a folder, and a file is wanted: give the name of a file in it')
+    if path.exists() and not _is_ours(path):
+        raise FileExistsError(f'{path} is there already and was not made by this program: choose another name')
     return path
 
+# %% ../nbs/02_tokenizers.ipynb #8b48da78
 def _is_ours(path: Path) -> bool:
     "Whether a file says that this program made it."
     try:
         if path.suffix.lower() == '.npz':
-            with np.load(path, allow_pickle=False) as found: return 'made_by' in found.files
+            with np.load(path, allow_pickle=False) as found:
+                return 'made_by' in found.files
         if path.suffix.lower() == '.png':
-            with Image.open(path) as found: return found.info.get('Software') == 'spherical_lfm'
+            with Image.open(path) as found:
+                return found.info.get('Software') == 'spherical_lfm'
         found = json.loads(path.read_text())
         return isinstance(found, dict) and bool({'made_by', 'environment', 'protocol'} & found.keys())
-    except Exception: return False # whatever it is, it is not ours
+    except Exception:
+        return False # whatever it is, it is not ours
 
 # %% ../nbs/02_tokenizers.ipynb #80a37c94
 @contextmanager
 def locked(
     folder: str | Path # a claimed folder
 ):
-    "Be the only job that writes to a folder; leftovers of killed writes are cleaned first. Raises `OSError` if another job does. The system opens the lock of a killed job."
-    folder, state, failure = Path(folder), processes(), None
+    """Be the only job that writes to a folder; leftovers of killed writes are cleaned first.
+
+    Raises `OSError` if another job does. The system opens the lock of a killed job.
+    """
+    folder = Path(folder)
+    main = processes().is_main_process
     lock = FileLock(folder/'.slfm.lock', timeout=0)
-    if state.is_main_process:
-        try: lock.acquire()
-        except Timeout: failure = OSError(f'another process is writing to {folder}: wait for it, or choose another folder')
-        else:
-            for left in folder.rglob(f'{MARK}*'): shutil.rmtree(left, ignore_errors=True)
-    failure = told_by_main(failure)
+    failure = told_by_main(_begin(lock, folder) if main else None)
     if failure: raise failure
-    try: yield
+    try:
+        yield
     finally:
-        if state.is_main_process:
+        if main:
             lock.release()
             _give_back(folder)
 
+# %% ../nbs/02_tokenizers.ipynb #f9898adf
+def _begin(lock: FileLock, folder: Path) -> OSError | None:
+    "Take the lock and remove what killed writes have left; an error if another job has it."
+    try:
+        lock.acquire()
+    except Timeout:
+        return OSError(f'another process is writing to {folder}: wait for it, or choose another folder')
+    for left in folder.rglob(f'{MARK}*'):
+        shutil.rmtree(left, ignore_errors=True)
+    return None
+
+# %% ../nbs/02_tokenizers.ipynb #a362c00b
 def _give_back(folder: Path):
     "Undo the claim of a folder into which nothing was written."
     there = {p.name for p in folder.iterdir()}
     if MANIFEST not in there or there - {MANIFEST, '.slfm.lock'}: return
     kept = read_manifest(folder).get('folder_was_there', True)
-    for name in there: (folder/name).unlink()
+    for name in there:
+        (folder/name).unlink()
     if not kept: folder.rmdir()
 
+# %% ../nbs/02_tokenizers.ipynb #ca568222
 def remove_listed(
     folder: str | Path,   # of ours
     names: Iterable[str]  # files in it, relative
@@ -232,21 +286,28 @@ def remove_listed(
     "Remove files that a manifest of ours lists, and folders that are empty then; what else lies there stays."
     folder = Path(folder)
     names = [*names]
-    for name in names: (folder/name).unlink(missing_ok=True)
+    for name in names:
+        (folder/name).unlink(missing_ok=True)
     for inner in sorted((folder/n).parent for n in names):
         while inner != folder.parent and inner.is_dir() and not any(inner.iterdir()):
             inner.rmdir()
             inner = inner.parent
 
+# %% ../nbs/02_tokenizers.ipynb #46ffcd88
 def save_figure(
     figure,           # of matplotlib
     path: str | Path, # a .png or .svg file
     dpi: int = 130    # of a .png
 ):
-    "Write a figure, whole or not at all, marked as ours. Raises `FileExistsError` if somebody else's .png is there."
+    """Write a figure, whole or not at all, marked as ours.
+
+    Raises `FileExistsError` if somebody else's .png is there.
+    """
     kind = Path(path).suffix[1:]
     if kind == 'png': claim_file(path)
-    with atomic_write(path) as f: figure.savefig(f, format=kind, dpi=dpi, metadata={'Software' if kind == 'png' else 'Creator': 'spherical_lfm'})
+    mark = {'Software' if kind == 'png' else 'Creator': 'spherical_lfm'}
+    with atomic_write(path) as f:
+        figure.savefig(f, format=kind, dpi=dpi, metadata=mark)
 
 # %% ../nbs/02_tokenizers.ipynb #b7043995
 def read_json(
@@ -256,7 +317,8 @@ def read_json(
     keys: tuple = ()   # what it must hold
 ) -> dict:
     "A JSON object. Raises `FileNotFoundError`, or `ValueError` if it is something else, with one sentence."
-    try: found = json.loads(Path(path).read_text())
+    try:
+        found = json.loads(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise FileNotFoundError(f'no {what}: {path} is missing; {remedy}') from e
     except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -267,9 +329,15 @@ def read_json(
 
 # %% ../nbs/02_tokenizers.ipynb #b614d90a
 class LatentTransform(nn.Module):
-    "Invertible map from an autoencoder's latents to flow coordinates: ((pack(z) - shift) * scale - mean) / std, unpacked again if asked."
+    """Invertible map from an autoencoder's latents to flow coordinates.
+
+    It is ((pack(z) - shift) * scale - mean) / std, unpacked again if asked.
+    """
     mean: Tensor
     std: Tensor
+    stride: int                     #: these are given below
+    channels: Callable[..., int]
+    inverse: Callable[..., Tensor]
 
     def __init__(self,
         scale: float = 1.,                # factor a, not 0
@@ -284,41 +352,53 @@ class LatentTransform(nn.Module):
         if (mean is None) != (std is None): raise ValueError('give both mean and std, or neither')
         if mean is not None and std is not None and not (len(mean) == len(std) and min(std) > 0):
             raise ValueError('mean and std need the same length, and every std must be positive')
-        self.config: dict[str, Any] = dict(scale=float(scale), shift=float(shift), pack=int(pack), mean=mean and [float(m) for m in mean],
-                           std=std and [float(s) for s in std], unpack=bool(unpack))
-        shape = lambda v, default: torch.tensor(default if v is None else v, dtype=torch.float32).view(1, -1, 1, 1)
-        self.register_buffer('mean', shape(mean, [0.]), persistent=False)
-        self.register_buffer('std', shape(std, [1.]), persistent=False)
+        self.config: dict[str, Any] = dict(
+            scale=float(scale), shift=float(shift), pack=int(pack), mean=mean and [float(m) for m in mean],
+            std=std and [float(s) for s in std], unpack=bool(unpack))
+        self.register_buffer('mean', _per_channel(mean, 0.), persistent=False)
+        self.register_buffer('std', _per_channel(std, 1.), persistent=False)
 
-    @property
-    def stride(self) -> int:
-        "How many of the autoencoder's positions make one token along a side."
-        return 1 if self.config['unpack'] else self.config['pack']
+# %% ../nbs/02_tokenizers.ipynb #8825e7b7
+def _per_channel(values: list[float] | None, default: float) -> Tensor:
+    "One number per channel [1, c, 1, 1], or one for all."
+    return torch.tensor([default] if values is None else values, dtype=torch.float32).view(1, -1, 1, 1)
 
-    def channels(self,
-        raw: int # channels of the autoencoder's latents
-    ) -> int: # channels d in flow coordinates
-        "Token dimension in flow coordinates."
-        return raw*self.stride**2
+# %% ../nbs/02_tokenizers.ipynb #2c9ddcb5
+@patch
+def forward(self: LatentTransform,
+    z: Tensor # the autoencoder's latents [B, c, H, W]
+) -> Tensor: # flow coordinates [B, d, h, w], float32
+    "Into flow coordinates. Raises `ValueError` for sides that cannot be packed."
+    c = self.config
+    if c['pack'] > 1 and (z.shape[-1] % c['pack'] or z.shape[-2] % c['pack']):
+        raise ValueError(f"latents of shape {tuple(z.shape)} cannot be packed by {c['pack']}: "
+                         'choose an image size divisible by more')
+    z = F.pixel_unshuffle(z.float(), c['pack'])
+    z = ((z - c['shift'])*c['scale'] - self.mean) / self.std
+    return F.pixel_shuffle(z, c['pack']) if c['unpack'] else z
 
-    def forward(self,
-        z: Tensor # the autoencoder's latents [B, c, H, W]
-    ) -> Tensor: # flow coordinates [B, d, h, w], float32
-        "Into flow coordinates. Raises `ValueError` for sides that cannot be packed."
-        c = self.config
-        if c['pack'] > 1 and (z.shape[-1] % c['pack'] or z.shape[-2] % c['pack']):
-            raise ValueError(f"latents of shape {tuple(z.shape)} cannot be packed by {c['pack']}: choose an image size divisible by more")
-        z = F.pixel_unshuffle(z.float(), c['pack'])
-        z = ((z - c['shift'])*c['scale'] - self.mean) / self.std
-        return F.pixel_shuffle(z, c['pack']) if c['unpack'] else z
+# %% ../nbs/02_tokenizers.ipynb #34abbbb5
+@patch
+def inverse(self: LatentTransform,
+    z: Tensor # flow coordinates [B, d, h, w]
+) -> Tensor: # the autoencoder's latents [B, c, H, W], float32
+    "Back to the autoencoder's latents."
+    c = self.config
+    z = F.pixel_unshuffle(z.float(), c['pack']) if c['unpack'] else z.float()
+    return F.pixel_shuffle((z*self.std + self.mean)/c['scale'] + c['shift'], c['pack'])
 
-    def inverse(self,
-        z: Tensor # flow coordinates [B, d, h, w]
-    ) -> Tensor: # the autoencoder's latents [B, c, H, W], float32
-        "Back to the autoencoder's latents."
-        c = self.config
-        z = F.pixel_unshuffle(z.float(), c['pack']) if c['unpack'] else z.float()
-        return F.pixel_shuffle((z*self.std + self.mean)/c['scale'] + c['shift'], c['pack'])
+# %% ../nbs/02_tokenizers.ipynb #900cddb6
+@patch(as_prop=True)
+def stride(self: LatentTransform) -> int:
+    "How many of the autoencoder's positions make one token along a side."
+    return 1 if self.config['unpack'] else self.config['pack']
+
+@patch
+def channels(self: LatentTransform,
+    raw: int # channels of the autoencoder's latents
+) -> int: # channels d in flow coordinates
+    "Token dimension in flow coordinates."
+    return raw*self.stride**2
 
 # %% ../nbs/02_tokenizers.ipynb #24b6ee42
 def tensor_digest(
@@ -333,40 +413,39 @@ def tensor_digest(
         h.update(x.view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b'')
     return h.hexdigest()[:16]
 
-def _missing(): raise NotImplementedError
-
+# %% ../nbs/02_tokenizers.ipynb #58cd6a71
 def _twin(model: Any) -> Any:
     "The same architecture without storage: shapes can be asked of it for free."
-    with torch.device('meta'): return type(model).from_config(model.config).eval()
+    with torch.device('meta'):
+        return type(model).from_config(model.config).eval()
+
+def _emitted(out: Any, generator: torch.Generator | None = None) -> Tensor:
+    "The latents in what an autoencoder's `encode` gives: of a posterior its mean, or a draw with a generator."
+    if not hasattr(out, 'latent_dist'): return out[0]
+    return out.latent_dist.mode() if generator is None else out.latent_dist.sample(generator)
+
+# %% ../nbs/02_tokenizers.ipynb #2d63de19
+#: Autoencoders of diffusers whose config tells their channels and stages.
+_PLAIN_CONFIG = ('AutoencoderKL', 'AutoencoderKLFlux2', 'AutoencoderTiny', 'AutoencoderDC', 'AutoencoderTAEF2')
 
 def _layout(model: Any) -> tuple[int, int, int | None]:
-    "Latent channels, pixels per position, and the only image side that the model takes (None: any). Raises `ValueError` if it is no image autoencoder."
-    c = model.config
-    if type(model).__name__ == 'AutoencoderRAE': return c.encoder_hidden_size, c.patch_size, c.encoder_input_size//c.encoder_patch_size*c.patch_size
-    stages = c.get('block_out_channels') or c.get('encoder_block_out_channels')
-    if stages and type(model).__name__ in ('AutoencoderKL', 'AutoencoderKLFlux2', 'AutoencoderTiny', 'AutoencoderDC', 'AutoencoderTAEF2'): return c.latent_channels, 2**(len(stages) - 1), None
-    try:
-        out = _twin(model).encode(torch.zeros(1, 3, 256, 256, device='meta'))
-        z = out.latent_dist.mode() if hasattr(out, 'latent_dist') else out[0]
-        _, channels, height, _ = z.shape
-    except Exception as e: raise ValueError(f'{type(model).__name__} does not turn images [B, 3, H, W] into latents [B, c, h, w]: choose an image autoencoder') from e
-    return channels, 256//height, None
+    """Latent channels, pixels per position, and the only image side that the model takes (None: any).
 
-@torch.no_grad()
-def _activation_bytes(model: nn.Module, height: int, width: int) -> int:
-    "About how much memory one image of a size needs at the widest place of encoder or decoder; 0 if it cannot be told."
-    widest = 0
-    def note(_, given, out):
-        nonlocal widest
-        if torch.is_tensor(out): widest = max(widest, sum(x.numel() for x in (*given, out) if torch.is_tensor(x)))
+    Raises `ValueError` if it is no image autoencoder.
+    """
+    c = model.config
+    kind = type(model).__name__
+    if kind == 'AutoencoderRAE':
+        return c.encoder_hidden_size, c.patch_size, c.encoder_input_size//c.encoder_patch_size*c.patch_size
+    stages = c.get('block_out_channels') or c.get('encoder_block_out_channels')
+    if stages and kind in _PLAIN_CONFIG: return c.latent_channels, 2**(len(stages) - 1), None
     try:
-        twin = _twin(model)
-        hooks = [m.register_forward_hook(note) for m in twin.modules() if not list(m.children())]
-        out = twin.encode(torch.zeros(1, 3, height, width, device='meta'))
-        twin.decode(out.latent_dist.mode() if hasattr(out, 'latent_dist') else out[0])
-        for h in hooks: h.remove()
-    except Exception: return 0 # architectures that cannot run without storage: batches are left as they are
-    return 2*widest*next(model.parameters()).element_size() # a residual block holds its input beside the layer at work
+        z = _emitted(_twin(model).encode(torch.zeros(1, 3, 256, 256, device='meta')))
+        _, channels, height, _ = z.shape
+    except Exception as e:
+        raise ValueError(f'{kind} does not turn images [B, 3, H, W] into latents [B, c, h, w]: '
+                         'choose an image autoencoder') from e
+    return channels, 256//height, None
 
 # %% ../nbs/02_tokenizers.ipynb #3f40b82e
 class Tokenizer(nn.Module):
@@ -375,6 +454,14 @@ class Tokenizer(nn.Module):
     transform: LatentTransform
     place: str | None = None        #: the folder it was loaded from; None for a name or a model made here
     for_sphere: bool | None = None  #: whether its decoder was saved behind the projection; None if nobody knows
+    latent_shape: Callable[..., tuple[int, int, int]]  #: these are given below
+    raw_latents: Callable[..., Tensor]
+    images_that_fit: Callable[..., int]
+    enable_tiling: Callable[..., 'Tokenizer']
+    enable_slicing: Callable[..., 'Tokenizer']
+    latent_identity: str
+    identity: str
+    save_pretrained: Callable[..., None]
 
     def __init__(self,
         autoencoder: nn.Module,                   # a diffusers autoencoder
@@ -385,43 +472,24 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.autoencoder, self.transform = autoencoder.eval(), transform or LatentTransform()
         self.spherical, self.name = spherical, name
-        self._bytes: dict[tuple, int] = {}
+        self._zero_to_one = type(autoencoder).__name__ == 'AutoencoderRAE' # the only one with images in [0, 1]
+        self._bytes: dict[tuple, int] = {} # what one image of a size needs
         self._stored_identity: tuple[str, str] | None = None # (of latents, of everything) before a cast
-        self.raw_channels, stride, self._side = _layout(autoencoder)
-        self.d, self.downsample = self.transform.channels(self.raw_channels), stride*self.transform.stride
-        stat, packed = self.transform.mean.shape[1], self.raw_channels*self.transform.config['pack']**2
-        if stat > 1 and stat != packed: raise ValueError(f'the statistics have {stat} channels, the latents of {name} have {packed}')
-
-    def latent_shape(self,
-        height: int, # image height in pixels
-        width: int   # image width in pixels
-    ) -> tuple[int, int, int]: # (d, h, w)
-        "Shape of one image's latents. Raises `ValueError` for sizes that do not divide into tokens."
-        if self._side and (height, width) != (self._side, self._side):
-            raise ValueError(f'{self.name} works at {self._side} x {self._side} pixels only, got {height} x {width}: resize')
-        if height % self.downsample or width % self.downsample or min(height, width) < self.downsample:
-            raise ValueError(f'{self.name} needs image sides divisible by {self.downsample}, got {height} x {width}: resize or crop')
-        return self.d, height//self.downsample, width//self.downsample
-
-    def raw_latents(self,
-        images: Tensor,                          # [B, 3, H, W] in [-1, 1]
-        generator: torch.Generator | None = None # draw from the posterior with it; None takes the mean
-    ) -> Tensor: # what the encoder emits [B, c, h', w'], float32
-        "Images to the autoencoder's own latents, before the transform. Raises `ValueError` for wrong shapes and values that are not finite."
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f'images must be [B, 3, H, W], got shape {tuple(images.shape)}')
-        self.latent_shape(*images.shape[2:])
-        if not torch.isfinite(images).all(): raise ValueError('images contain NaN or Inf')
-        def encode(x):
-            out = self.autoencoder.encode(x/2 + .5 if self._zero_to_one else x)
-            if hasattr(out, 'latent_dist'): return out.latent_dist.mode() if generator is None else out.latent_dist.sample(generator)
-            return out.latents if hasattr(out, 'latents') else out.latent
-        return self._in_pieces(encode, images, images.shape[2:]).float()
+        self.raw_channels, pixels, self._side = _layout(autoencoder)
+        self.d = self.transform.channels(self.raw_channels)
+        self.downsample = pixels*self.transform.stride
+        given, packed = self.transform.mean.shape[1], self.raw_channels*self.transform.config['pack']**2
+        if given > 1 and given != packed:
+            raise ValueError(f'the statistics have {given} channels, the latents of {name} have {packed}')
 
     def encode(self,
         images: Tensor,                          # [B, 3, H, W] in [-1, 1]
         generator: torch.Generator | None = None # draw from the posterior with it; None takes the mean
     ) -> Tensor: # flow coordinates [B, d, h, w], float32
-        "Images to tokens. Raises `ValueError` for wrong shapes, values that are not finite, and zero tokens when spherical."
+        """Images to tokens.
+
+        Raises `ValueError` for wrong shapes, values that are not finite, and zero tokens when spherical.
+        """
         z = self.transform(self.raw_latents(images, generator))
         check_tokens(z, f'latents of {self.name}', self.d, zero_ok=not self.spherical)
         return project(z) if self.spherical else z
@@ -429,86 +497,175 @@ class Tokenizer(nn.Module):
     def decode(self,
         z: Tensor # flow coordinates [B, d, h, w]
     ) -> Tensor: # images [B, 3, H, W], about [-1, 1], float32
-        "Tokens to images; spherical tokenizers project first. Raises `ValueError` for wrong shapes or values that are not finite."
+        "Tokens to images, projected first if spherical. Raises `ValueError` for wrong shapes or values not finite."
         check_tokens(z, f'latents for {self.name}', self.d)
         raw = self.transform.inverse(project(z) if self.spherical else z)
         pixels = [n*self.downsample for n in z.shape[2:]]
-        x = self._in_pieces(lambda z: self.autoencoder.decode(z).sample, raw, pixels).float()
+        x = _in_pieces(self, lambda z: self.autoencoder.decode(z).sample, raw, pixels).float()
         return x*2 - 1 if self._zero_to_one else x
 
-    @property
-    def _zero_to_one(self) -> bool: # the one diffusers autoencoder whose images live in [0, 1]
-        return type(self.autoencoder).__name__ == 'AutoencoderRAE'
+# %% ../nbs/02_tokenizers.ipynb #421bbc05
+@patch
+def latent_shape(self: Tokenizer,
+    height: int, # image height in pixels
+    width: int   # image width in pixels
+) -> tuple[int, int, int]: # (d, h, w)
+    "Shape of one image's latents. Raises `ValueError` for sizes that do not divide into tokens."
+    side, step = self._side, self.downsample
+    if side and (height, width) != (side, side):
+        raise ValueError(f'{self.name} works at {side} x {side} pixels only, got {height} x {width}: resize')
+    if height % step or width % step or min(height, width) < step:
+        raise ValueError(f'{self.name} needs image sides divisible by {step}, got {height} x {width}: resize or crop')
+    return self.d, height//step, width//step
 
-    def _in_pieces(self, work: Callable, x: Tensor, pixels) -> Tensor:
-        "`work` on a batch, in pieces that fit into memory; whole where gradients are wanted."
-        where = next(self.autoencoder.parameters())
-        x = x.to(where)
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.autoencoder.parameters())): return work(x)
-        limit = self.images_that_fit(*pixels)
-        while True:
-            try: return torch.cat([work(piece) for piece in x.split(limit)])
-            except torch.OutOfMemoryError:
-                if min(limit, len(x)) == 1: raise
-                limit = min(limit, len(x))//2
-                torch.cuda.empty_cache()
+# %% ../nbs/02_tokenizers.ipynb #ba29400e
+@patch
+def raw_latents(self: Tokenizer,
+    images: Tensor,                          # [B, 3, H, W] in [-1, 1]
+    generator: torch.Generator | None = None # draw from the posterior with it; None takes the mean
+) -> Tensor: # what the encoder emits [B, c, h', w'], float32
+    """Images to the autoencoder's own latents, before the transform.
 
-    def images_that_fit(self,
-        height: int, # image height in pixels
-        width: int   # image width in pixels
-    ) -> int: # at least 1
-        "How many images of a size can be encoded or decoded at once in half of the memory that is free now. One image too large for that turns tiling on, with a warning, where the autoencoder can tile."
-        if (height, width) not in self._bytes: self._bytes[height, width] = _activation_bytes(self.autoencoder, height, width)
-        need, where = self._bytes[height, width], next(self.autoencoder.parameters()).device
-        free = torch.cuda.mem_get_info(where)[0] if where.type == 'cuda' else psutil.virtual_memory().available
-        count = int(free/2//need) if need else 2**20
-        if not count and hasattr(self.autoencoder, 'enable_tiling') and not getattr(self.autoencoder, 'use_tiling', False):
-            warnings.warn(f'one {height} x {width} image may need {need/2**30:.1f} GiB in {self.name}, more than half of what is free: tiling is switched on', stacklevel=2)
-            self.enable_tiling()
-        return max(1, count)
+    Raises `ValueError` for wrong shapes and values that are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f'images must be [B, 3, H, W], got shape {tuple(images.shape)}')
+    self.latent_shape(*images.shape[2:])
+    if not torch.isfinite(images).all(): raise ValueError('images contain NaN or Inf')
+    def encode(x):
+        return _emitted(self.autoencoder.encode(x/2 + .5 if self._zero_to_one else x), generator)
+    return _in_pieces(self, encode, images, images.shape[2:]).float()
 
-    def enable_tiling(self) -> 'Tokenizer': # itself
-        "Encode and decode large images tile by tile: less memory, slightly different values at seams. Raises `ValueError` if the autoencoder cannot."
-        return self._enable('tiling')
+# %% ../nbs/02_tokenizers.ipynb #443043d7
+def _in_pieces(tokenizer: Tokenizer, work: Callable, x: Tensor, pixels) -> Tensor:
+    "`work` on a batch, in pieces that fit into memory; whole where gradients are wanted."
+    weights = [*tokenizer.autoencoder.parameters()]
+    x = x.to(weights[0])
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)): return work(x)
+    limit = tokenizer.images_that_fit(*pixels)
+    while True:
+        try:
+            return torch.cat([work(piece) for piece in x.split(limit)])
+        except torch.OutOfMemoryError:
+            if min(limit, len(x)) == 1: raise
+            limit = min(limit, len(x))//2
+            torch.cuda.empty_cache()
 
-    def enable_slicing(self) -> 'Tokenizer': # itself
-        "Encode and decode one image of a batch after the other. Raises `ValueError` if the autoencoder cannot."
-        return self._enable('slicing')
+# %% ../nbs/02_tokenizers.ipynb #53141b28
+@patch
+def images_that_fit(self: Tokenizer,
+    height: int, # image height in pixels
+    width: int   # image width in pixels
+) -> int: # at least 1
+    """How many images of a size can be encoded or decoded at once in half of the memory that is free now.
 
-    def _enable(self, what: str):
-        switch = getattr(self.autoencoder, f'enable_{what}', None)
-        try: (switch or _missing)()
-        except NotImplementedError as e: raise ValueError(f'{self.name} ({type(self.autoencoder).__name__}) has no {what}: use smaller images or batches') from e
-        return self
+    One image too large for that turns tiling on, with a warning, where the autoencoder can tile.
+    """
+    if (height, width) not in self._bytes:
+        self._bytes[height, width] = _activation_bytes(self.autoencoder, height, width)
+    need = self._bytes[height, width]
+    count = int(_free_bytes(next(self.autoencoder.parameters()).device)/2//need) if need else 2**20
+    can_tile = hasattr(self.autoencoder, 'enable_tiling') and not getattr(self.autoencoder, 'use_tiling', False)
+    if not count and can_tile:
+        warnings.warn(f'one {height} x {width} image may need {need/2**30:.1f} GiB in {self.name}, '
+                      'more than half of what is free: tiling is switched on', stacklevel=2)
+        self.enable_tiling()
+    return max(1, count)
 
-    def _hash(self, keep) -> str:
-        state = {k: v for k, v in self.autoencoder.state_dict().items() if keep(k)}
-        return tensor_digest({'class': type(self.autoencoder).__name__, 'transform': self.transform.config}, state)
+# %% ../nbs/02_tokenizers.ipynb #d66b5c4f
+def _free_bytes(device: torch.device) -> int:
+    "Memory that is free now where a model lies."
+    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available
 
-    @property
-    def latent_identity(self) -> str:
-        "Hash of what latents depend on: names, shapes and values of the encoder's tensors, and the transform, before projection."
-        if self._stored_identity: return self._stored_identity[0]
-        return self._hash(lambda k: not k.startswith(('decoder.', 'post_quant_conv.')))
+# %% ../nbs/02_tokenizers.ipynb #e0a0dc38
+@torch.no_grad()
+def _activation_bytes(model: nn.Module, height: int, width: int) -> int:
+    "About how much memory one image of a size needs at the widest place of encoder or decoder; 0 if it cannot be told."
+    try:
+        widest = _widest_layer(_twin(model), height, width)
+    except Exception:
+        return 0 # architectures that cannot run without storage: batches are left as they are
+    return 2*widest*next(model.parameters()).element_size() # a residual block holds its input beside the layer at work
 
-    @property
-    def identity(self) -> str:
-        "Hash of the whole tokenizer: all tensors, transform, and whether it projects."
-        whole = self._stored_identity[1] if self._stored_identity else self._hash(lambda k: True)
-        return whole + ('-spherical' if self.spherical else '')
+# %% ../nbs/02_tokenizers.ipynb #931397cc
+def _widest_layer(twin: Any, height: int, width: int) -> int:
+    "The most numbers that a layer takes and gives on an image's way through encoder and decoder."
+    sizes = [0]
+    def note(_, given, out):
+        if torch.is_tensor(out): sizes.append(sum(x.numel() for x in (*given, out) if torch.is_tensor(x)))
+    for layer in twin.modules():
+        if not list(layer.children()): layer.register_forward_hook(note)
+    twin.decode(_emitted(twin.encode(torch.zeros(1, 3, height, width, device='meta'))))
+    return max(sizes)
 
-    def save_pretrained(self,
-        folder: str | Path # a diffusers folder; what else lies in it stays
-    ):
-        "Save as a diffusers autoencoder folder with a `tokenizer.json` that records transform and projection. Raises `FileExistsError` if another model lies there."
-        mine = Path(folder)/'tokenizer.json'
-        if (Path(folder)/'config.json').exists() and not mine.exists(): raise FileExistsError(f'{folder} holds another model (config.json): choose another folder')
-        with atomic_write(folder, folder=True, existing='add') as tmp:
-            self.autoencoder.save_pretrained(tmp)
-            config = json.loads((tmp/'config.json').read_text())
-            config.pop('_name_or_path', None) # where it was loaded from is nobody's business
-            write_json(tmp/'config.json', config)
-            write_json(tmp/'tokenizer.json', {'format': 1, 'name': self.name, 'spherical': self.spherical, 'transform': self.transform.config})
+# %% ../nbs/02_tokenizers.ipynb #f690b5d3
+@patch
+def enable_tiling(self: Tokenizer) -> Tokenizer: # itself
+    """Encode and decode large images tile by tile: less memory, slightly different values at seams.
+
+    Raises `ValueError` if the autoencoder cannot.
+    """
+    return _enable(self, 'tiling')
+
+@patch
+def enable_slicing(self: Tokenizer) -> Tokenizer: # itself
+    "Encode and decode one image of a batch after the other. Raises `ValueError` if the autoencoder cannot."
+    return _enable(self, 'slicing')
+
+# %% ../nbs/02_tokenizers.ipynb #d176be2c
+def _enable(tokenizer: Tokenizer, what: str) -> Tokenizer:
+    "Switch something on that not every autoencoder has, or has by name only."
+    switch = getattr(tokenizer.autoencoder, f'enable_{what}', None)
+    try:
+        if switch is None: raise NotImplementedError
+        switch()
+    except NotImplementedError as e:
+        raise ValueError(f'{tokenizer.name} ({type(tokenizer.autoencoder).__name__}) has no {what}: '
+                         'use smaller images or batches') from e
+    return tokenizer
+
+# %% ../nbs/02_tokenizers.ipynb #3b9106fe
+@patch(as_prop=True)
+def latent_identity(self: Tokenizer) -> str:
+    """Hash of what latents depend on, before projection.
+
+    These are names, shapes and values of the encoder's tensors, and the transform.
+    """
+    if self._stored_identity: return self._stored_identity[0]
+    return _digest(self, lambda k: not k.startswith(('decoder.', 'post_quant_conv.')))
+
+@patch(as_prop=True)
+def identity(self: Tokenizer) -> str:
+    "Hash of the whole tokenizer: all tensors, transform, and whether it projects."
+    whole = self._stored_identity[1] if self._stored_identity else _digest(self, lambda k: True)
+    return whole + ('-spherical' if self.spherical else '')
+
+# %% ../nbs/02_tokenizers.ipynb #83e3ca0d
+def _digest(tokenizer: Tokenizer, keep: Callable[[str], bool]) -> str:
+    "Hash of the transform and of those tensors of the autoencoder whose names are kept."
+    model = tokenizer.autoencoder
+    state = {k: v for k, v in model.state_dict().items() if keep(k)}
+    return tensor_digest({'class': type(model).__name__, 'transform': tokenizer.transform.config}, state)
+
+# %% ../nbs/02_tokenizers.ipynb #25fb2922
+@patch
+def save_pretrained(self: Tokenizer,
+    folder: str | Path # a diffusers folder; what else lies in it stays
+):
+    """Save as a diffusers autoencoder folder with a `tokenizer.json` that records transform and projection.
+
+    Raises `FileExistsError` if another model lies there.
+    """
+    there = Path(folder)
+    if (there/'config.json').exists() and not (there/'tokenizer.json').exists():
+        raise FileExistsError(f'{folder} holds another model (config.json): choose another folder')
+    record = {'format': 1, 'name': self.name, 'spherical': self.spherical, 'transform': self.transform.config}
+    with atomic_write(folder, folder=True, existing='add') as tmp:
+        self.autoencoder.save_pretrained(tmp)
+        config = json.loads((tmp/'config.json').read_text())
+        config.pop('_name_or_path', None) # where it was loaded from is nobody's business
+        write_json(tmp/'config.json', config)
+        write_json(tmp/'tokenizer.json', record)
 
 # %% ../nbs/02_tokenizers.ipynb #860feca8
 def digits_images(
@@ -539,18 +696,24 @@ def show_images(
     ax=None                   # matplotlib axes; None makes a figure
 ):
     "Show images side by side in a grid and return the axes."
-    import matplotlib.pyplot as plt
     from torchvision.utils import make_grid
     grid = make_grid(images.detach().float().cpu().clamp(-1, 1)/2 + .5, nrow=columns, padding=1, pad_value=.5)
-    if ax is None:
-        rows, across = -(-len(images)//columns), min(columns, len(images))
-        side = min(max(.55, images.shape[-1]/128), 11/across) # inches: large images get more room, as far as the page allows
-        ax = plt.subplots(figsize=(max(across*side, 4 if title else 0), rows*side + .3*bool(title)), layout='constrained')[1]
+    if ax is None: ax = _grid_axes(len(images), columns, images.shape[-1], bool(title))
     ax.imshow(grid.permute(1, 2, 0), interpolation='nearest')
     ax.set_title(title, fontsize=10)
     ax.axis('off')
     return ax
 
+# %% ../nbs/02_tokenizers.ipynb #d7db1f1e
+def _grid_axes(count: int, columns: int, pixels: int, titled: bool):
+    "New axes for a grid of images: large images get more room, as far as the page allows."
+    import matplotlib.pyplot as plt
+    rows, across = -(-count//columns), min(columns, count)
+    side = min(max(.55, pixels/128), 11/across) # inches
+    size = max(across*side, 4 if titled else 0), rows*side + .3*titled
+    return plt.subplots(figsize=size, layout='constrained')[1]
+
+# %% ../nbs/02_tokenizers.ipynb #d1891111
 def save_grid(
     images: Tensor,      # [N, 3, H, W] in [-1, 1]
     path: str | Path,    # a PNG file
@@ -566,9 +729,19 @@ def save_grid(
 def digits_autoencoder() -> AutoencoderKL: # 16 latent channels, 4 pixels per token
     "The untrained autoencoder of the `digits` tokenizer."
     return AutoencoderKL(
-        down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3, block_out_channels=(16, 32, 64),
-        layers_per_block=1, latent_channels=16, norm_num_groups=8, sample_size=16, mid_block_add_attention=False)
+        down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
+        sample_size=16, mid_block_add_attention=False)
 
+# %% ../nbs/02_tokenizers.ipynb #80066a7a
+def _autoencoder_loss(model: Any, x: Tensor, generator: torch.Generator, kl_weight: float) -> tuple[Tensor, Tensor]:
+    "The loss above of one batch, and its reconstructions."
+    posterior = model.encode(x).latent_dist
+    recon = model.decode(posterior.sample(generator)).sample
+    kl = posterior.kl().mean()/posterior.mean[0].numel()
+    return F.l1_loss(recon, x) + F.mse_loss(recon, x) + kl_weight*kl, recon
+
+# %% ../nbs/02_tokenizers.ipynb #9927e8ad
 def psnr(
     a: Tensor, # images [B, 3, H, W] in [-1, 1]
     b: Tensor  # same shape
@@ -587,9 +760,12 @@ def _as_stats(moments: RunningMoments) -> dict:
     "Moments per channel as `LatentTransform` takes them; refuses channels that never change."
     if not moments.count: raise ValueError('no latents have been seen: there are no statistics')
     dead = (moments.std <= 0).nonzero().flatten().tolist()
-    if dead: raise ValueError(f'channel {dead[0]} of the latents never changes ({len(dead)} of {len(moments.std)} channels): it cannot be standardised')
+    if dead:
+        raise ValueError(f'channel {dead[0]} of the latents never changes ({len(dead)} of {len(moments.std)} '
+                         'channels): it cannot be standardised')
     return {'mean': moments.mean.tolist(), 'std': moments.std.tolist()}
 
+# %% ../nbs/02_tokenizers.ipynb #8f1d8c32
 def train_digits_tokenizer(
     steps: int = 1500,      # optimisation steps of 64 images
     seed: int = 0,          # of initialisation, data order and posterior samples
@@ -608,16 +784,14 @@ def train_digits_tokenizer(
     bar = tqdm(range(steps), desc='digits autoencoder', disable=not progress)
     for _ in bar:
         x = images[torch.randint(len(images), (64,), generator=g)]
-        posterior = model.encode(x).latent_dist
-        recon = model.decode(posterior.sample(g)).sample
-        kl = posterior.kl().mean()/posterior.mean[0].numel()
-        loss = F.l1_loss(recon, x) + F.mse_loss(recon, x) + kl_weight*kl
+        loss, recon = _autoencoder_loss(model, x, g, kl_weight)
         opt.zero_grad()
         loss.backward()
         opt.step()
         schedule.step()
         bar.set_postfix(loss=f'{loss.item():.4f}', psnr=f'{psnr(recon.detach(), x).mean():.1f} dB', refresh=False)
-    with torch.no_grad(): z = torch.cat([model.encode(x).latent_dist.mode() for x in images.split(256)])
+    with torch.no_grad():
+        z = torch.cat([model.encode(x).latent_dist.mode() for x in images.split(256)])
     return Tokenizer(model, LatentTransform(**channel_stats(z)), name='digits')
 
 # %% ../nbs/02_tokenizers.ipynb #904aa589
@@ -625,16 +799,43 @@ class _TAEBlock(nn.Module):
     "ReLU(x + three 3x3 convolutions of x), with x + pool(x) first if pooled."
     def __init__(self, width: int, pooled: bool = False):
         super().__init__()
-        conv = lambda: nn.Conv2d(width, width, 3, padding=1)
+        def conv(): return nn.Conv2d(width, width, 3, padding=1)
         self.conv = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
-        if pooled: self.pool = nn.Sequential(nn.Conv2d(width, 4*width, 1, bias=False), nn.GroupNorm(4, 4*width), nn.ReLU(), nn.Conv2d(4*width, width, 1, bias=False))
+        if pooled:
+            wide, narrow = nn.Conv2d(width, 4*width, 1, bias=False), nn.Conv2d(4*width, width, 1, bias=False)
+            self.pool = nn.Sequential(wide, nn.GroupNorm(4, 4*width), nn.ReLU(), narrow)
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, 'pool'): x = x + self.pool(x)
         return F.relu(x + self.conv(x))
 
 class _Clamp(nn.Module):
+    "A soft limit of 3 on latents."
     def forward(self, x: Tensor) -> Tensor: return 3*torch.tanh(x/3)
+
+# %% ../nbs/02_tokenizers.ipynb #0101b0c1
+def _taef2_encoder(w: int, latent_channels: int) -> nn.Sequential:
+    "Images in [0, 1] to latents, at width `w`."
+    def down(): return nn.Conv2d(w, w, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(
+        nn.Conv2d(3, w, 3, padding=1), *_blocks(w, 1),
+        down(), *_blocks(w, 3),
+        down(), *_blocks(w, 3),
+        down(), *_blocks(w, 3, pooled=True), nn.Conv2d(w, latent_channels, 3, padding=1))
+
+# %% ../nbs/02_tokenizers.ipynb #e9442db5
+def _taef2_decoder(w: int, latent_channels: int) -> nn.Sequential:
+    "Latents to images in [0, 1], at width `w`."
+    def up(): return nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, padding=1, bias=False)
+    return nn.Sequential(
+        _Clamp(), nn.Conv2d(latent_channels, w, 3, padding=1), nn.ReLU(), *_blocks(w, 3, pooled=True),
+        *up(), *_blocks(w, 3),
+        *up(), *_blocks(w, 3),
+        *up(), *_blocks(w, 1), nn.Conv2d(w, 3, 3, padding=1))
+
+def _blocks(w: int, count: int, pooled: bool = False) -> list[nn.Module]:
+    "Residual blocks in a row."
+    return [_TAEBlock(w, pooled) for _ in range(count)]
 
 # %% ../nbs/02_tokenizers.ipynb #857470cc
 class AutoencoderTAEF2(ModelMixin, ConfigMixin):
@@ -647,11 +848,8 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # one width, once per resolution
     ):
         super().__init__()
-        w = block_out_channels[0]
-        down, up = (lambda: nn.Conv2d(w, w, 3, stride=2, padding=1, bias=False)), (lambda: (nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, padding=1, bias=False)))
-        blocks = lambda n, pooled=False: [_TAEBlock(w, pooled) for _ in range(n)]
-        self.encoder = nn.Sequential(nn.Conv2d(3, w, 3, padding=1), *blocks(1), down(), *blocks(3), down(), *blocks(3), down(), *blocks(3, True), nn.Conv2d(w, latent_channels, 3, padding=1))
-        self.decoder = nn.Sequential(_Clamp(), nn.Conv2d(latent_channels, w, 3, padding=1), nn.ReLU(), *blocks(3, True), *up(), *blocks(3), *up(), *blocks(3), *up(), *blocks(1), nn.Conv2d(w, 3, 3, padding=1))
+        self.encoder = _taef2_encoder(block_out_channels[0], latent_channels)
+        self.decoder = _taef2_decoder(block_out_channels[0], latent_channels)
 
     def encode(self,
         images: Tensor # [B, 3, H, W] in [-1, 1]
@@ -674,35 +872,56 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
 # %% ../nbs/02_tokenizers.ipynb #ddac8440
 #: Configuration of the 16-fold, 32-channel autoencoder of VA-VAE as a diffusers `AutoencoderKL`.
 VAVAE_CONFIG = dict(
-    down_block_types=('DownEncoderBlock2D',)*4 + ('AttnDownEncoderBlock2D',), up_block_types=('AttnUpDecoderBlock2D',) + ('UpDecoderBlock2D',)*4,
-    block_out_channels=(128, 128, 256, 256, 512), layers_per_block=2, latent_channels=32, sample_size=256, scaling_factor=1.)
+    down_block_types=('DownEncoderBlock2D',)*4 + ('AttnDownEncoderBlock2D',),
+    up_block_types=('AttnUpDecoderBlock2D',) + ('UpDecoderBlock2D',)*4,
+    block_out_channels=(128, 128, 256, 256, 512),
+    layers_per_block=2,
+    latent_channels=32,
+    sample_size=256,
+    scaling_factor=1.)
 
+# %% ../nbs/02_tokenizers.ipynb #644b5fde
+#: What diffusers calls the layers of attention.
+_ATTENTION = {'norm': 'group_norm', 'q': 'to_q', 'k': 'to_k', 'v': 'to_v', 'proj_out': 'to_out.0'}
+
+def _diffusers_name(key: str, levels: int) -> str:
+    "The name in diffusers of a tensor of a latent-diffusion autoencoder with so many resolutions."
+    side, *name = key.split('.')
+    match name:
+        case ['mid', block, *tail] if block.startswith('block_'):
+            name = ['mid_block', 'resnets', str(int(block[-1]) - 1), *tail]
+        case ['mid', 'attn_1', part, leaf]:
+            name = ['mid_block', 'attentions', '0', _ATTENTION[part], leaf]
+        case ['down', level, kind, *tail]:
+            name = ['down_blocks', level, *_name_in_level('down', kind, tail)]
+        case ['up', level, kind, *tail]: # counted from the highest resolution there, from the lowest here
+            name = ['up_blocks', str(levels - 1 - int(level)), *_name_in_level('up', kind, tail)]
+        case ['norm_out', leaf]:
+            name = ['conv_norm_out', leaf]
+    return '.'.join([side, *name]).replace('nin_shortcut', 'conv_shortcut')
+
+# %% ../nbs/02_tokenizers.ipynb #7bfcaef5
+def _name_in_level(way: str, kind: str, tail: list[str]) -> list[str]:
+    "The rest of a name behind its resolution: a block, attention, or the change to the next resolution."
+    if kind == 'block': return ['resnets', *tail]
+    if kind == 'attn': return ['attentions', tail[0], _ATTENTION[tail[1]], tail[2]]
+    return [f'{way}samplers', '0', *tail]
+
+# %% ../nbs/02_tokenizers.ipynb #0fc4805c
 def convert_ldm_autoencoder(
     state: dict # tensors of a latent-diffusion checkpoint; entries of losses and teachers are left out
 ) -> dict: # tensors of a diffusers `AutoencoderKL`
-    "Rename the tensors of a latent-diffusion autoencoder. Raises `ValueError` if there is no encoder and decoder among them."
-    kept = {k: v for k, v in state.items() if k.split('.')[0] in ('encoder', 'decoder', 'quant_conv', 'post_quant_conv')}
-    if not any(k.startswith('encoder.') for k in kept) or not any(k.startswith('decoder.') for k in kept): raise ValueError('the checkpoint holds no encoder and decoder of a latent-diffusion autoencoder')
+    """Rename the tensors of a latent-diffusion autoencoder.
+
+    Raises `ValueError` if there is no encoder and decoder among them.
+    """
+    parts = 'encoder', 'decoder', 'quant_conv', 'post_quant_conv'
+    kept = {k: v for k, v in state.items() if k.split('.')[0] in parts}
+    if not all(any(k.startswith(f'{half}.') for k in kept) for half in ('encoder', 'decoder')):
+        raise ValueError('the checkpoint holds no encoder and decoder of a latent-diffusion autoencoder')
     levels = 1 + max(int(k.split('.')[2]) for k in kept if k.startswith('decoder.up.'))
-    attention = {'norm': 'group_norm', 'q': 'to_q', 'k': 'to_k', 'v': 'to_v', 'proj_out': 'to_out.0'}
-    out = {}
-    for key, v in kept.items():
-        side, *rest = key.split('.')
-        match rest:
-            case ['mid', block, *tail] if block.startswith('block_'): name = ['mid_block', 'resnets', str(int(block[-1]) - 1), *tail]
-            case ['mid', 'attn_1', part, leaf]: name = ['mid_block', 'attentions', '0', attention[part], leaf]
-            case ['down' | 'up' as way, level, kind, *tail]:
-                level = level if way == 'down' else str(levels - 1 - int(level))
-                sampler = f'{way}samplers'
-                if kind == 'block': tail = ['resnets', *tail]
-                elif kind == 'attn': tail = ['attentions', tail[0], attention[tail[1]], tail[2]]
-                else: tail = [sampler, '0', *tail]
-                name = [f'{way}_blocks', level, *tail]
-            case ['norm_out', leaf]: name = ['conv_norm_out', leaf]
-            case _: name = rest
-        target = '.'.join([side, *name]).replace('nin_shortcut', 'conv_shortcut')
-        out[target] = v[:, :, 0, 0] if '.attentions.' in target and v.ndim == 4 else v
-    return out
+    renamed = {_diffusers_name(k, levels): v for k, v in kept.items()}
+    return {k: v[:, :, 0, 0] if '.attentions.' in k and v.ndim == 4 else v for k, v in renamed.items()}
 
 # %% ../nbs/02_tokenizers.ipynb #5b64e3cc
 def _harmless() -> list:
@@ -714,11 +933,15 @@ def _harmless() -> list:
     numbers = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
     return [argparse.Namespace, *paths, *numbers, np.dtype, *{type(np.dtype(c)) for c in '?bBhHiIlLqQefd'}]
 
+# %% ../nbs/02_tokenizers.ipynb #bcc2277f
 def _strangers(path: Path) -> list[str]:
     "Types in a checkpoint that are not opened; none if it is no checkpoint at all."
-    try: return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception: return [] # not a file of torch: damaged, then
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        return [] # not a file of torch: damaged, then
 
+# %% ../nbs/02_tokenizers.ipynb #22ba2a9c
 def open_tensors(
     path: str | Path # a .safetensors file, or a checkpoint that torch has written
 ) -> dict: # what it holds: names -> tensors, perhaps nested
@@ -728,19 +951,25 @@ def open_tensors(
     """
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no checkpoint at {path}: give a .safetensors or .pt file')
-    with torch.serialization.safe_globals(_harmless()):
-        try:
-            if path.suffix == '.safetensors': found = load_file(path)
-            else: found = torch.load(path, map_location='cpu', weights_only=True)
-        except PermissionError: raise
-        except Exception as e:
-            if odd := _strangers(path):
-                raise ValueError(f'{path} holds more than tensors ({", ".join(odd[:3])}), which could run '
-                                 'code and stays closed: save its state dict alone') from e
-            raise ValueError(f'{path} is damaged or no checkpoint ({type(e).__name__}): fetch or save it again') from e
+    try:
+        found = _read_tensors(path)
+    except PermissionError:
+        raise
+    except Exception as e:
+        if odd := _strangers(path):
+            raise ValueError(f'{path} holds more than tensors ({", ".join(odd[:3])}), which could run '
+                             'code and stays closed: save its state dict alone') from e
+        raise ValueError(f'{path} is damaged or no checkpoint ({type(e).__name__}): fetch or save it again') from e
     if not isinstance(found, dict):
         raise ValueError(f'{path} holds no named tensors, but a {type(found).__name__}: save a state dict')
     return found
+
+# %% ../nbs/02_tokenizers.ipynb #f818cbf9
+def _read_tensors(path: Path) -> Any:
+    "What a file holds, if that is harmless."
+    if path.suffix == '.safetensors': return load_file(path)
+    with torch.serialization.safe_globals(_harmless()):
+        return torch.load(path, map_location='cpu', weights_only=True)
 
 # %% ../nbs/02_tokenizers.ipynb #306eea12
 #: Parts of names that wrappers leave inside.
@@ -752,6 +981,7 @@ def _dicts(tree: dict, at: str = '') -> Iterator[tuple[str, dict]]:
     for k, v in tree.items():
         if isinstance(v, dict): yield from _dicts(v, f'{at}{k}.')
 
+# %% ../nbs/02_tokenizers.ipynb #bb4a84a4
 def find_state(
     tree: dict,  # from `open_tensors`
     marker: str  # a tensor that the network surely has, by its own name
@@ -770,33 +1000,41 @@ def find_state(
 # %% ../nbs/02_tokenizers.ipynb #f13f6a3f
 def _data_folder() -> Path:
     "The `data` folder: inside an installed package, or at the root of a checkout."
-    inside = Path(__file__).parent/'data' if '__file__' in globals() else None
-    if inside is not None and inside.exists(): return inside
-    return Path(__file__).parent.parent/'data' if '__file__' in globals() else Path('../data').resolve()
+    if '__file__' not in globals(): return Path('../data').resolve()
+    inside = Path(__file__).parent/'data'
+    return inside if inside.exists() else Path(__file__).parent.parent/'data'
 
+# %% ../nbs/02_tokenizers.ipynb #7ec5e281
 def _own_transform(model: Any, packed: bool) -> LatentTransform:
     "The transform that an autoencoder's config and buffers prescribe."
     c = model.config
     if hasattr(model, 'bn'): # FLUX.2: statistics of 2 x 2 packed latents
-        eps = c.get('batch_norm_eps', 1e-4)
-        return LatentTransform(pack=2, mean=model.bn.running_mean.tolist(), std=(model.bn.running_var + eps).sqrt().tolist(), unpack=not packed)
-    if packed: raise ValueError(f'{type(model).__name__} has no packed statistics: measure some with measure_statistics(..., pack=2)')
-    if type(model).__name__ == 'AutoencoderRAE': return LatentTransform() # standardises by itself
+        std = (model.bn.running_var + c.get('batch_norm_eps', 1e-4)).sqrt().tolist()
+        return LatentTransform(pack=2, mean=model.bn.running_mean.tolist(), std=std, unpack=not packed)
+    kind = type(model).__name__
+    if packed:
+        raise ValueError(f'{kind} has no packed statistics: measure some with measure_statistics(..., pack=2)')
+    if kind == 'AutoencoderRAE': return LatentTransform() # standardises by itself
     scale = c.get('scaling_factor') or 1.
-    if c.get('latents_mean') and c.get('latents_std'): return LatentTransform(mean=list(c['latents_mean']), std=[v/scale for v in c['latents_std']])
+    if c.get('latents_mean') and c.get('latents_std'):
+        return LatentTransform(mean=list(c['latents_mean']), std=[v/scale for v in c['latents_std']])
     return LatentTransform(scale=scale, shift=c.get('shift_factor') or 0.)
 
+# %% ../nbs/02_tokenizers.ipynb #f87d6fcc
 def _fitting(model: nn.Module, state: dict, where) -> nn.Module:
     "Load a state that must fit exactly."
-    try: model.load_state_dict({k: v.float() for k, v in state.items()})
-    except RuntimeError as e: raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {" ".join(str(e).split())[:300]}') from e
+    try:
+        model.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as e:
+        reason = ' '.join(str(e).split())[:300]
+        raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {reason}') from e
     return model
 
 # %% ../nbs/02_tokenizers.ipynb #586ecab6
 #: Where the embedded digits models, data/paper.csv and the stored results lie.
 DATA = _data_folder()
 
-#: Names that `load_tokenizer` knows: a folder that ships with the package, or (repository on the Hugging Face hub, subfolder, file format).
+#: Names that `load_tokenizer` knows: a folder of the package, or (repository on the hub, subfolder, file format).
 TOKENIZERS = {
     'digits': DATA/'digits', # /vanilla or /spherical
     'digits-control': DATA/'digits'/'control',
@@ -813,26 +1051,31 @@ TOKENIZERS = {
 def _hub_answers() -> bool:
     "Whether the Hugging Face hub can be reached, asked once: its client would try for half a minute at every file."
     try:
-        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method='HEAD'), timeout=5): return True
-    except urllib.error.HTTPError: return True
-    except OSError: return False
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method='HEAD'), timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
+# %% ../nbs/02_tokenizers.ipynb #f9f7ba15
 def hub_file(
     repository: str, # 'owner/name'
     name: str        # a file in it
 ) -> Path: # where it lies in the cache
-    "A file of the Hugging Face hub, downloaded once. Raises `OSError` of the hub's client if it is neither cached nor to be had."
+    """A file of the Hugging Face hub, downloaded once.
+
+    Raises `OSError` of the hub's client if it is neither cached nor to be had.
+    """
     return Path(hf_hub_download(repository, name, local_files_only=not _hub_answers()))
 
+# %% ../nbs/02_tokenizers.ipynb #062abeca
 def hub_advice(
     error: BaseException | None, # what the hub's client raised, or what came of it
     repository: str              # 'owner/name'
 ) -> str: # the reason and the remedy, to end a sentence with
     "Why a file of the hub is not to be had, read from the chain of errors."
-    chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    chain = [*_causes(error)]
     def among(*kinds): return any(isinstance(e, kinds) for e in chain)
     if among(GatedRepoError):
         return f'it is gated: accept the licence on {constants.ENDPOINT}/{repository} and log in with `hf auth login`'
@@ -840,29 +1083,24 @@ def hub_advice(
         return 'there is no such public repository: check the name, or log in with `hf auth login` if it is private'
     if among(EntryNotFoundError) and not among(LocalEntryNotFoundError):
         return 'the repository has no such file: give a local folder'
-    refused = [e for e in chain if isinstance(e, OSError) and str(e.filename or '').startswith(constants.HF_HOME)]
-    reason = refused[0].strerror if refused else ''
-    if refused: return f'the cache {constants.HF_HOME} cannot be written ({reason}): set HF_HOME to a folder that can'
+    for e in chain:
+        if isinstance(e, OSError) and str(e.filename or '').startswith(constants.HF_HOME):
+            return f'the cache {constants.HF_HOME} cannot be written ({e.strerror}): set HF_HOME to a folder that can'
     return 'connect to the network once'
 
-# %% ../nbs/02_tokenizers.ipynb #be6b1b54
-_FILES = {'vavae': ('vavae-imagenet256-f16d32-dinov2.pt', 'latents_stats.pt'), 'taef2': ('taef2_encoder.safetensors', 'taef2_decoder.safetensors')}
+# %% ../nbs/02_tokenizers.ipynb #72ab3398
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    "An error and those it came of, the latest first."
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
-def _files(place: str | Path, format: str) -> list[Path]:
-    "The files of a format in a local folder or a hub repository."
-    place, found = str(place), []
-    for name in _FILES[format]:
-        local = Path(place)/name
-        if Path(place).is_dir():
-            if not local.exists(): raise FileNotFoundError(f'{local} is missing: a {format} tokenizer needs {" and ".join(_FILES[format])} in one folder')
-            found.append(local)
-            continue
-        try: found.append(hub_file(place, name))
-        except Exception as e:
-            raise FileNotFoundError(f'{name} of {place} is neither in the Hugging Face cache nor could it '
-                                    f'be downloaded: {hub_advice(e, place)}, '
-                                    f'or put {" and ".join(_FILES[format])} into a folder and give its path') from e
-    return found
+# %% ../nbs/02_tokenizers.ipynb #be6b1b54
+#: The files of formats that are not diffusers folders.
+_FILES = {
+    'vavae': ('vavae-imagenet256-f16d32-dinov2.pt', 'latents_stats.pt'),
+    'taef2': ('taef2_encoder.safetensors', 'taef2_decoder.safetensors'),
+}
 
 def _format(folder: Path) -> str:
     "Which format lies in a local folder; what is not recognised is taken for diffusers."
@@ -870,6 +1108,27 @@ def _format(folder: Path) -> str:
     if 'config.json' in here: return 'diffusers'
     return next((f for f, names in _FILES.items() if here & set(names)), 'diffusers')
 
+# %% ../nbs/02_tokenizers.ipynb #64938c31
+def _files(place: str | Path, format: str) -> list[Path]:
+    "The files of a format in a local folder or a hub repository."
+    return [_file(str(place), name, format) for name in _FILES[format]]
+
+# %% ../nbs/02_tokenizers.ipynb #c23e3d95
+def _file(place: str, name: str, format: str) -> Path:
+    "One of them."
+    wanted = ' and '.join(_FILES[format])
+    local = Path(place)/name
+    if local.exists(): return local
+    if Path(place).is_dir():
+        raise FileNotFoundError(f'{local} is missing: a {format} tokenizer needs {wanted} in one folder')
+    try:
+        return hub_file(place, name)
+    except Exception as e:
+        raise FileNotFoundError(f'{name} of {place} is neither in the Hugging Face cache nor could it '
+                                f'be downloaded: {hub_advice(e, place)}, '
+                                f'or put {wanted} into a folder and give its path') from e
+
+# %% ../nbs/02_tokenizers.ipynb #a21ea652
 def _load_taef2(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     "TAEF2 from its two files, which carry no statistics."
     encoder, decoder = _files(place, 'taef2')
@@ -877,6 +1136,7 @@ def _load_taef2(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     state = {f'{half}.{k}': v for half, f in halves for k, v in open_tensors(f).items()}
     return _fitting(AutoencoderTAEF2(), state, encoder.parent), LatentTransform()
 
+# %% ../nbs/02_tokenizers.ipynb #b8c97749
 def _load_vavae(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     "VA-VAE from its latent-diffusion checkpoint and its statistics."
     weights, stats = _files(place, 'vavae')
@@ -887,13 +1147,30 @@ def _load_vavae(place: str | Path) -> tuple[nn.Module, LatentTransform]:
     return model, LatentTransform(mean=moments['mean'].flatten().tolist(), std=moments['std'].flatten().tolist())
 
 # %% ../nbs/02_tokenizers.ipynb #4277512b
-def _no_autoencoder(where: str, folder: str | Path, error: BaseException) -> FileNotFoundError:
-    "What of an autoencoder is missing, where it was looked for, and what to do."
-    wanted = f'no autoencoder at {where}: wanted config.json and diffusion_pytorch_model.safetensors, looked there'
-    give = 'give the path of a local diffusers folder'
-    if Path(folder).exists(): return FileNotFoundError(f'{wanted}; {give}')
-    return FileNotFoundError(f'{wanted} and in the Hugging Face cache; {give}; or {hub_advice(error, str(folder))}')
+def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Module:
+    "A diffusers autoencoder from a local folder or the hub, by the class its config names."
+    if subfolder is None and _is_pipeline(Path(folder)): subfolder = 'vae'
+    where = f'{folder}/{subfolder}' if subfolder else str(folder)
+    options = {'subfolder': subfolder, 'local_files_only': not Path(folder).exists() and not _hub_answers()}
+    cls = _autoencoder_class(where, _read_config(folder, where, options))
+    return _read_model(cls, folder, where, options).float()
 
+# %% ../nbs/02_tokenizers.ipynb #a19e0dae
+def _is_pipeline(folder: Path) -> bool:
+    "Whether the autoencoder is a part of what lies in a local folder."
+    return (folder/'vae'/'config.json').exists() and not (folder/'config.json').exists()
+
+# %% ../nbs/02_tokenizers.ipynb #58bd9a52
+def _read_config(folder: str | Path, where: str, options: dict) -> dict:
+    "The config of a diffusers autoencoder."
+    file = Path(where)/'config.json'
+    if file.exists(): read_json(file, 'config of an autoencoder', 'fetch or save the folder again')
+    try:
+        return AutoencoderKL.load_config(folder, **options)
+    except OSError as e:
+        raise _no_autoencoder(where, folder, e) from e
+
+# %% ../nbs/02_tokenizers.ipynb #d1201232
 def _autoencoder_class(where: str, config: dict) -> Any:
     "The class that a config names."
     name = config.get('_class_name', '')
@@ -904,6 +1181,31 @@ def _autoencoder_class(where: str, config: dict) -> Any:
                          'give another folder')
     return found
 
+# %% ../nbs/02_tokenizers.ipynb #10c3cc94
+def _read_model(cls: Any, folder: str | Path, where: str, options: dict) -> Any:
+    "A diffusers autoencoder with all its weights."
+    options = options | {'use_safetensors': True, 'output_loading_info': True, 'variant': _variant(Path(where))}
+    try:
+        model, info = cls.from_pretrained(folder, **options)
+    except ImportError as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f'{cls.__name__} needs a package that is not installed: {reason}') from e
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
+        if isinstance(e, OSError) and not [*Path(where).glob('diffusion_pytorch_model*.safetensors')]:
+            raise _no_autoencoder(where, folder, e) from e
+        reason = str(e).splitlines()[0]
+        raise ValueError(f'the weights in {where} are damaged or do not fit its config.json: {reason}') from e
+    _check_complete(info, where)
+    return model
+
+# %% ../nbs/02_tokenizers.ipynb #961bad00
+def _check_complete(info: dict, where: str):
+    "Refuse weights that lack tensors, or hold others than the architecture has."
+    kinds = [k for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info[k]]
+    odd = [f'{len(info[k])} {k.removesuffix("_keys")} (first: {list(info[k])[0]})' for k in kinds]
+    if odd: raise ValueError(f'the weights in {where} do not fit its config.json: {", ".join(odd)} tensors')
+
+# %% ../nbs/02_tokenizers.ipynb #02798db9
 def _variant(place: Path) -> str | None:
     "'fp16' and the like where a local folder has weights of such a name only."
     stem = 'diffusion_pytorch_model'
@@ -911,63 +1213,73 @@ def _variant(place: Path) -> str | None:
     found = [f.name.split('.')[1] for f in sorted(place.glob(f'{stem}.*.safetensors')) if f.name.count('.') == 2]
     return found[0] if found else None
 
-def _load_autoencoder(folder: str | Path, subfolder: str | None = None) -> nn.Module:
-    "A diffusers autoencoder from a local folder or the hub, by the class its config names."
-    local = Path(folder).exists()
-    if subfolder is None and (Path(folder)/'vae'/'config.json').exists() and not (Path(folder)/'config.json').exists(): subfolder = 'vae'
-    where = f'{folder}/{subfolder}' if subfolder else str(folder)
-    file = Path(where)/'config.json'
-    if local and file.exists(): read_json(file, 'config of an autoencoder', 'fetch or save the folder again')
-    options: dict[str, Any] = dict(subfolder=subfolder, local_files_only=not local and not _hub_answers())
-    try: config = AutoencoderKL.load_config(folder, **options)
-    except OSError as e: raise _no_autoencoder(where, folder, e) from e
-    cls = _autoencoder_class(where, config)
-    options |= dict(use_safetensors=True, output_loading_info=True, variant=_variant(Path(where)))
-    try: model, info = cls.from_pretrained(folder, **options)
-    except ImportError as e:
-        raise ValueError(f'{cls.__name__} needs a package that is not installed: '
-                         f'{str(e).strip().splitlines()[0]}') from e
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        if isinstance(e, OSError) and not [*Path(where).glob('diffusion_pytorch_model*.safetensors')]:
-            raise _no_autoencoder(where, folder, e) from e
-        raise ValueError(f'the weights in {where} are damaged or do not fit its config.json: {str(e).splitlines()[0]}') from e
-    odd = [f'{len(info[k])} {k.removesuffix("_keys")} (first: {list(info[k])[0]})' for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info[k]]
-    if odd: raise ValueError(f'the weights in {where} do not fit its config.json: {", ".join(odd)} tensors')
-    return model.float()
+def _no_autoencoder(where: str, folder: str | Path, error: BaseException) -> FileNotFoundError:
+    "What of an autoencoder is missing, where it was looked for, and what to do."
+    wanted = f'no autoencoder at {where}: wanted config.json and diffusion_pytorch_model.safetensors, looked there'
+    give = 'give the path of a local diffusers folder'
+    if Path(folder).exists(): return FileNotFoundError(f'{wanted}; {give}')
+    return FileNotFoundError(f'{wanted} and in the Hugging Face cache; {give}; or {hub_advice(error, str(folder))}')
+
+# %% ../nbs/02_tokenizers.ipynb #fe199580
+def _locate(name_or_path: str | Path, spherical: bool | None) -> tuple[str | Path, str | None, str]:
+    "Where a tokenizer lies: folder or repository, subfolder, and file format."
+    known: Any = TOKENIZERS.get(str(name_or_path))
+    if isinstance(known, tuple): return known
+    place = known or Path(name_or_path)
+    if known is None and not place.exists():
+        raise FileNotFoundError(f'{name_or_path!r} is neither a known tokenizer ({", ".join(TOKENIZERS)}) nor an '
+                                'existing folder: give a name or the path of a diffusers autoencoder folder')
+    if place.is_file(): place = place.parent
+    if place == TOKENIZERS['digits']: place = place/('spherical' if spherical else 'vanilla')
+    return place, None, _format(place)
+
+# %% ../nbs/02_tokenizers.ipynb #eafe4302
+def _load_model(place: str | Path, subfolder: str | None, format: str) -> tuple[nn.Module, LatentTransform | None]:
+    "An autoencoder, and the transform that lies beside it in formats where one does."
+    if format == 'taef2': return _load_taef2(place)
+    if format == 'vavae': return _load_vavae(place)
+    return _load_autoencoder(place, subfolder), None
+
+# %% ../nbs/02_tokenizers.ipynb #fc959a50
+def _read_record(place: str | Path) -> dict:
+    "What `save_pretrained` recorded; empty where it did not write."
+    file = Path(place)/'tokenizer.json'
+    if not file.exists(): return {}
+    return read_json(file, 'record of a tokenizer', 'save the tokenizer again', ('transform',))
+
+# %% ../nbs/02_tokenizers.ipynb #6f04801c
+def _cast(tokenizer: Tokenizer, dtype: torch.dtype):
+    "Weights in another precision; identities stay those of the weights as stored."
+    if dtype == torch.float32: return
+    tokenizer._stored_identity = tokenizer.latent_identity, tokenizer.identity.removesuffix('-spherical')
+    tokenizer.autoencoder.to(dtype)
 
 # %% ../nbs/02_tokenizers.ipynb #1fc92739
 def load_tokenizer(
-    name_or_path: str | Path,           # a name in `TOKENIZERS`, or a folder in one of the formats above (or a file in it)
+    name_or_path: str | Path,           # a name in `TOKENIZERS`, or a folder in a format above (or a file in it)
     spherical: bool | None = None,      # project tokens; None means what the folder records, else False
     device: str | torch.device = 'cpu', # where to put it
     dtype: torch.dtype = torch.float32, # of weights and activations; geometry is float32 in any case
     packed: bool = False                # keep FLUX.2 latents in 2 x 2 packed layout
 ) -> Tokenizer: # in eval mode
-    """A tokenizer by name or path. `digits` comes with a decoder finetuned for each case; others project in front of the decoder they have.
+    """A tokenizer by name or path.
 
+    `digits` comes with a decoder finetuned for each case; others project in front of the decoder they have.
     Raises `FileNotFoundError` naming what was wanted and where, `ValueError` if weights and config disagree.
     """
-    known = TOKENIZERS.get(str(name_or_path))
-    if known is None and not Path(name_or_path).exists():
-        raise FileNotFoundError(f'{name_or_path!r} is neither a known tokenizer ({", ".join(TOKENIZERS)}) nor an existing folder: give a name or the path of a diffusers autoencoder folder')
-    place, subfolder, format = known if isinstance(known, tuple) else (known or Path(name_or_path), None, None)
-    if format is None and place.is_file(): place = place.parent
-    if place == TOKENIZERS['digits']: place = place/('spherical' if spherical else 'vanilla')
-    format, packed, transform = format or _format(place), packed or name_or_path == 'flux2-packed', None
-    if format == 'diffusers': model = _load_autoencoder(place, subfolder)
-    else: model, transform = {'taef2': _load_taef2, 'vavae': _load_vavae}[format](place)
-    record = Path(place)/'tokenizer.json'
-    saved = {}
-    if record.exists(): saved = read_json(record, 'record of a tokenizer', 'save the tokenizer again', ('transform',))
+    place, subfolder, format = _locate(name_or_path, spherical)
+    model, transform = _load_model(place, subfolder, format)
+    saved = _read_record(place)
     if saved: transform = LatentTransform(**saved['transform'])
+    if transform is None: transform = _own_transform(model, packed or name_or_path == 'flux2-packed')
     spherical = saved.get('spherical', False) if spherical is None else spherical
-    name = str(name_or_path) if known else saved.get('name') or (Path(place).resolve().name if format == 'diffusers' else format)
-    tokenizer = Tokenizer(model, transform or _own_transform(model, packed), spherical, name)
-    if not known: tokenizer.place = str(Path(place).resolve())
+    known = str(name_or_path) in TOKENIZERS
+    folder = Path(place).resolve()
+    own_name = saved.get('name') or (folder.name if format == 'diffusers' else format)
+    tokenizer = Tokenizer(model, transform, spherical, str(name_or_path) if known else own_name)
+    if not known: tokenizer.place = str(folder)
     tokenizer.for_sphere = saved.get('spherical')
-    if dtype != torch.float32:
-        tokenizer._stored_identity = tokenizer.latent_identity, tokenizer.identity.removesuffix('-spherical') # of the weights as stored
-        tokenizer.autoencoder.to(dtype)
+    _cast(tokenizer, dtype)
     return tokenizer.to(device).requires_grad_(False)
 
 # %% ../nbs/02_tokenizers.ipynb #253929a0
@@ -977,7 +1289,10 @@ def measure_statistics(
     batches: Iterable[Tensor],  # images [B, 3, H, W] in [-1, 1]
     pack: int = 1               # measure channels after packing blocks of this side
 ) -> RunningMoments: # one column per channel
-    "Mean and spread per latent channel over a stream of images; `merge` those of several processes. Raises `ValueError` if the stream is empty."
+    """Mean and spread per latent channel over a stream of images; `merge` those of several processes.
+
+    Raises `ValueError` if the stream is empty.
+    """
     moments = None
     for x in batches:
         rows = channel_rows(tokenizer, tokenizer.raw_latents(x), pack)
@@ -985,6 +1300,7 @@ def measure_statistics(
     if moments is None: raise ValueError('no images have been seen: there are no statistics')
     return moments
 
+# %% ../nbs/02_tokenizers.ipynb #cf9dfb5c
 def channel_rows(
     tokenizer: Tokenizer, # whose scale and shift to use
     raw: Tensor,          # from `raw_latents` [B, c, h, w]
@@ -993,17 +1309,22 @@ def channel_rows(
     "Latents as the rows that `RunningMoments` takes: what `measure_statistics` measures."
     return _plain(tokenizer, pack).to(raw.device)(raw).movedim(1, -1).flatten(0, -2)
 
+def _plain(tokenizer: Tokenizer, pack: int) -> LatentTransform:
+    "A tokenizer's transform without statistics."
+    c = tokenizer.transform.config
+    return LatentTransform(c['scale'], c['shift'], pack)
+
+# %% ../nbs/02_tokenizers.ipynb #4d1f1cee
 def standardise(
     tokenizer: Tokenizer,     # left as it is
     moments: RunningMoments,  # from `measure_statistics`
     pack: int = 1,            # as measured
     unpack: bool = True       # restore the layout after standardising
 ) -> Tokenizer: # shares the autoencoder
-    "The tokenizer with measured statistics: every channel with mean 0 and variance 1. Raises `ValueError` for channels that never change."
-    plain = _plain(tokenizer, pack).config | _as_stats(moments) | {'unpack': unpack and pack > 1}
-    return Tokenizer(tokenizer.autoencoder, LatentTransform(**plain), tokenizer.spherical, tokenizer.name).to(next(tokenizer.parameters()).device)
+    """The tokenizer with measured statistics: every channel with mean 0 and variance 1.
 
-def _plain(tokenizer: Tokenizer, pack: int) -> LatentTransform:
-    "A tokenizer's transform without statistics."
-    c = tokenizer.transform.config
-    return LatentTransform(c['scale'], c['shift'], pack)
+    Raises `ValueError` for channels that never change.
+    """
+    config = _plain(tokenizer, pack).config | _as_stats(moments) | {'unpack': unpack and pack > 1}
+    standard = Tokenizer(tokenizer.autoencoder, LatentTransform(**config), tokenizer.spherical, tokenizer.name)
+    return standard.to(next(tokenizer.parameters()).device)
