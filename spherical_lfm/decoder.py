@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PatchDiscriminator', 'critic_loss', 'adaptive_weight', 'seeded_generator', 'DataOrder', 'ReadAhead', 'checkpoints',
-           'seal', 'remove_checkpoint', 'newest_checkpoint', 'optimizer_tensors', 'restore_optimizer',
+           'seal', 'newest_checkpoint', 'remove_checkpoint', 'optimizer_tensors', 'restore_optimizer',
            'swapped_weights', 'ResumableRun', 'FinetuneConfig', 'DecoderTrainer', 'finetune_decoder',
            'frechet_distance', 'ssim', 'reconstruction_metrics']
 
@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ from tqdm.auto import tqdm
 
 from .probes import efficientnet_distance, lpips_distance
 from .sphere import check_range
-from .tokenizers import Tokenizer, atomic_write, claim, locked, remove_listed, psnr, read_json, save_grid, tensor_digest, write_json
+from .tokenizers import (Tokenizer, atomic_write, claim, locked, psnr, read_json, remove_listed, save_grid,
+                                      tensor_digest, write_json)
 
 # %% ../nbs/04_decoder.ipynb #e3c74b07
 class PatchDiscriminator(nn.Sequential):
@@ -49,6 +51,7 @@ class PatchDiscriminator(nn.Sequential):
             c *= 2
         super().__init__(*stack, nn.Conv2d(c, 1, 3, 1, 1))
 
+# %% ../nbs/04_decoder.ipynb #61f579f7
 def critic_loss(
     real: Tensor, # scores of real images
     fake: Tensor  # scores of reconstructions
@@ -64,7 +67,8 @@ def adaptive_weight(
     average: Callable = lambda g: g # averages a gradient over processes
 ) -> Tensor: # scalar in [0, 1e4], detached
     "Weight that gives the adversarial loss the same gradient norm at the last layer as the reconstruction loss."
-    norm = lambda loss: average(torch.autograd.grad(loss, last, retain_graph=True)[0]).norm()
+    def norm(loss: Tensor) -> Tensor:
+        return average(torch.autograd.grad(loss, last, retain_graph=True)[0]).norm()
     return (norm(reconstruction)/(norm(adversarial) + 1e-4)).clamp(0, 1e4).detach()
 
 # %% ../nbs/04_decoder.ipynb #89cb1698
@@ -74,9 +78,11 @@ def seeded_generator(
 ) -> torch.Generator:
     "A generator that is a function of its key."
     mixed = 0
-    for k in key: mixed = (mixed*0x9E3779B97F4A7C15 + k + 1) % 2**63
+    for k in key:
+        mixed = (mixed*0x9E3779B97F4A7C15 + k + 1) % 2**63
     return torch.Generator(device).manual_seed(mixed)
 
+# %% ../nbs/04_decoder.ipynb #2db5a746
 class DataOrder:
     "Which images make up the global batch of a step: a fresh permutation per epoch, batches running across epoch ends."
     def __init__(self,
@@ -87,11 +93,13 @@ class DataOrder:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self._epochs: dict[int, Tensor] = {}
 
-    def _shuffle(self, epoch: int) -> Tensor: return torch.randperm(self.count, generator=seeded_generator('cpu', self.seed, epoch))
+    def _shuffle(self, epoch: int) -> Tensor:
+        return torch.randperm(self.count, generator=seeded_generator('cpu', self.seed, epoch))
 
     def _permutation(self, epoch: int) -> Tensor:
         kept = self._epochs # several threads may ask
-        if epoch not in kept: self._epochs = kept = {e: p for e, p in kept.items() if e == epoch - 1} | {epoch: self._shuffle(epoch)}
+        if epoch not in kept:
+            self._epochs = kept = {e: p for e, p in kept.items() if e == epoch - 1} | {epoch: self._shuffle(epoch)}
         return kept[epoch]
 
     def indices(self,
@@ -112,7 +120,8 @@ class ReadAhead:
         read: Callable, # step -> anything; a function of the step alone
         depth: int = 2  # steps that are kept ready
     ):
-        self.read, self.depth, self.waited, self._pool = read, depth, 0., ThreadPoolExecutor(max(1, depth), 'slfm-read')
+        self.read, self.depth, self.waited = read, depth, 0.
+        self._pool = ThreadPoolExecutor(max(1, depth), 'slfm-read')
         self._ready: dict = {}
 
     def __call__(self,
@@ -120,7 +129,8 @@ class ReadAhead:
     ):
         "The result of `read(step)`; what it raises is raised here."
         began = time.perf_counter()
-        self._ready = {s: self._ready.get(s) or self._pool.submit(self.read, s) for s in range(step, step + self.depth + 1)}
+        wanted = range(step, step + self.depth + 1)
+        self._ready = {s: self._ready.get(s) or self._pool.submit(self.read, s) for s in wanted}
         found = self._ready.pop(step).result()
         self.waited += time.perf_counter() - began
         return found
@@ -130,8 +140,10 @@ def checkpoints(
     run: str | Path # a run folder
 ) -> list[Path]: # complete checkpoints, oldest first
     "Checkpoint folders of a run."
-    return sorted(f for f in (Path(run)/'checkpoints').glob('step-*') if f.name.removeprefix('step-').isdecimal())
+    found = (Path(run)/'checkpoints').glob('step-*')
+    return sorted(f for f in found if f.name.removeprefix('step-').isdecimal())
 
+# %% ../nbs/04_decoder.ipynb #56a93f1d
 def seal(
     folder: Path, # a checkpoint that is being written
     state: dict   # what its state.json says
@@ -140,29 +152,40 @@ def seal(
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob('*')) if f.is_file()}
     write_json(folder/'state.json', state | {'files': files})
 
-def remove_checkpoint(
-    folder: Path # of a run of ours
-):
-    "Remove the files that a checkpoint lists; one that lists none is left alone."
-    try: listed = json.loads((folder/'state.json').read_text())['files']
-    except (OSError, ValueError, KeyError): return
-    remove_listed(folder, [*listed, 'state.json'])
+# %% ../nbs/04_decoder.ipynb #c958bf20
+def _is_whole(folder: Path) -> bool:
+    "Whether a checkpoint has all its files at full size."
+    try:
+        files = json.loads((folder/'state.json').read_text()).get('files', {})
+    except (OSError, json.JSONDecodeError): return False
+    return all((folder/n).is_file() and (folder/n).stat().st_size == size for n, size in files.items())
 
+# %% ../nbs/04_decoder.ipynb #0457d2ce
 def newest_checkpoint(
     run: str | Path # a run folder
 ) -> Path | None: # None if there is none
-    "The newest checkpoint that has all its files at full size; warns about those it passes over. Raises `ValueError` if there are some, but none is whole."
-    def whole(folder: Path) -> bool:
-        try: files = json.loads((folder/'state.json').read_text()).get('files', {})
-        except (OSError, json.JSONDecodeError): return False
-        return all((folder/n).is_file() and (folder/n).stat().st_size == size for n, size in files.items())
+    """The newest checkpoint that has all its files at full size; warns about those it passes over.
+
+    Raises `ValueError` if there are some, but none is whole.
+    """
     found = checkpoints(run)
     for folder in reversed(found):
-        if whole(folder): return folder
+        if _is_whole(folder): return folder
         warnings.warn(f'checkpoint {folder} is damaged: going on from the one before')
     if found: raise ValueError(f'all checkpoints in {run} are damaged: remove them to start anew')
     return None
 
+# %% ../nbs/04_decoder.ipynb #d34bf82a
+def remove_checkpoint(
+    folder: Path # of a run of ours
+):
+    "Remove the files that a checkpoint lists; one that lists none is left alone."
+    try:
+        listed = json.loads((folder/'state.json').read_text())['files']
+    except (OSError, ValueError, KeyError): return
+    remove_listed(folder, [*listed, 'state.json'])
+
+# %% ../nbs/04_decoder.ipynb #5e3ad703
 def optimizer_tensors(
     model: nn.Module,                 # whose parameters it optimises, wrapped or not
     optimizer: torch.optim.Optimizer  # any optimiser of torch
@@ -170,9 +193,11 @@ def optimizer_tensors(
     "The state of an optimiser as named tensors, whole, on the main process; empty on the others."
     if not optimizer.state: return {}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    state: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options).get('state', {})
     return {f'{name}/{k}': v.contiguous() for name, s in state.items() for k, v in s.items()}
 
+# %% ../nbs/04_decoder.ipynb #bb4a8df0
 def restore_optimizer(
     model: nn.Module,                  # as for `optimizer_tensors`
     optimizer: torch.optim.Optimizer,  # receives the state
@@ -180,7 +205,8 @@ def restore_optimizer(
 ):
     "Give an optimiser the state it had."
     if not tensors: return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict)
     state: dict = {}
     for key, v in tensors.items():
         name, _, k = key.rpartition('/')
@@ -189,6 +215,7 @@ def restore_optimizer(
     groups = get_optimizer_state_dict(model, optimizer, options=options)['param_groups']
     set_optimizer_state_dict(model, optimizer, {'state': state, 'param_groups': groups}, options=options)
 
+# %% ../nbs/04_decoder.ipynb #6ec1465c
 @contextmanager
 def swapped_weights(
     weights: Iterable[Tensor], # parameters
@@ -197,26 +224,139 @@ def swapped_weights(
     "Put `other` into the parameters, and back again."
     kept = [p.detach().clone() for p in weights]
     with torch.no_grad():
-        for p, o in zip(weights, other): p.copy_(o)
-        try: yield
+        for p, o in zip(weights, other):
+            p.copy_(o)
+        try:
+            yield
         finally:
-            for p, k in zip(weights, kept): p.copy_(k)
+            for p, k in zip(weights, kept):
+                p.copy_(k)
+
+# %% ../nbs/04_decoder.ipynb #c3e96af7
+class _RunLog:
+    "The log.jsonl of a run folder."
+    def __init__(self, run: Path):
+        self.file = run/'log.jsonl'
+
+    def append(self, row: dict):
+        "Add a line."
+        with open(self.file, 'a') as f:
+            f.write(json.dumps(row) + '\n')
+
+    def rows(self) -> list[dict]:
+        "All lines; a last one that was cut off is left out."
+        rows: list = []
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError: break
+        return rows
+
+    def cut(self, step: int):
+        "Keep the lines up to a step."
+        kept = [json.dumps(r) + '\n' for r in self.rows() if r['step'] <= step]
+        with atomic_write(self.file) as f:
+            f.write_text(''.join(kept))
 
 # %% ../nbs/04_decoder.ipynb #27bc6e52
 def _other_material(saved: dict, info: dict) -> Iterator[tuple]:
-    "What a run was made from and what it is offered now, where these differ: what has a content is known by that, wherever it lies."
+    """What a run was made from and what it is offered now, where these differ.
+
+    What has a content is known by that, wherever it lies.
+    """
     for k, now in info.items():
         then = saved.get(k)
         if k == 'config' or now == then: continue
-        if not isinstance(now, dict) or not isinstance(then, dict): yield k, then, now
-        else:
-            for s in ('content',) if 'content' in now else now:
-                if then.get(s) != now[s]: yield f'{k} {s}', then.get(s), now[s]
+        if not isinstance(now, dict) or not isinstance(then, dict):
+            yield k, then, now
+            continue
+        for s in ('content',) if 'content' in now else now:
+            if then.get(s) != now[s]: yield f'{k} {s}', then.get(s), now[s]
 
+# %% ../nbs/04_decoder.ipynb #721dd409
+def _refuse_changes(folder: Path, saved: dict, info: dict, free: tuple):
+    "Raise `ValueError` where a run differs from the checkpoint it is to go on from; `free` settings may."
+    then = saved['config']
+    differ = [(k, then.get(k), v) for k, v in info['config'].items() if k not in free and then.get(k) != v]
+    differ += _other_material(saved, info)
+    if not differ: return
+    changes = '; '.join(f'{k}: {a} -> {b}' for k, a, b in differ)
+    raise ValueError(f'cannot resume {folder} with changed settings ({changes}): '
+                     'use another output folder or the old settings')
+
+# %% ../nbs/04_decoder.ipynb #504e4e2d
+def _checkpoint_state(folder: Path) -> dict:
+    "What the state.json of a checkpoint says. Raises `ValueError` for a folder that is none."
+    remedy = 'give a folder step-... of checkpoints'
+    try:
+        return read_json(folder/'state.json', 'checkpoint', remedy, ('config', 'step'))
+    except (FileNotFoundError, ValueError) as e:
+        raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged; {remedy}') from e
+
+# %% ../nbs/04_decoder.ipynb #4dd8f464
+@contextmanager
+def _undamaged(folder: Path):
+    "Turn what a damaged checkpoint raises into one sentence."
+    try:
+        yield
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+        raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): '
+                         'remove it to resume from the one before') from e
+
+# %% ../nbs/04_decoder.ipynb #162dabc6
+@contextmanager
+def _enough_memory(step: int, advice: str):
+    "Turn exhausted memory, of a GPU or of the host, into one sentence with advice."
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e): raise
+        raise torch.OutOfMemoryError(f'out of memory at step {step}: {advice}; checkpoints are untouched') from e
+
+# %% ../nbs/04_decoder.ipynb #44899aec
+@contextmanager
+def _on_signals(act: Callable):
+    "Call `act` when SIGTERM, SIGINT or SIGUSR1 arrives; what these did before, they do again afterwards."
+    wanted = [getattr(signal, n) for n in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, n)]
+    before: dict = {}
+    try:
+        before = {s: signal.signal(s, lambda *_: act()) for s in wanted}
+    except ValueError: pass # signals belong to the main thread
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+# %% ../nbs/04_decoder.ipynb #e71b7010
+def _first_bad(bad: Tensor, step: int, healthy: Tensor) -> Tensor:
+    "`bad` [1], or the step if there is no bad one yet and this one is not healthy."
+    return torch.where((bad < 0) & ~healthy, float(step), bad)
+
+def _all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    "Whether all numbers of all tensors are finite, as a scalar on their device."
+    return torch.stack(torch._foreach_norm(list(tensors))).isfinite().all()
+
+# %% ../nbs/04_decoder.ipynb #7419af52
+class _Interval:
+    "Sums of what steps returned, number of steps, and when the first one began."
+    def __init__(self, began: float):
+        self.began, self.count = began, 0
+        self.sums: dict = {}
+
+    def add(self, found: dict):
+        "One step more."
+        for k, v in found.items():
+            self.sums[k] = self.sums.get(k, 0) + v
+        self.count += 1
+
+# %% ../nbs/04_decoder.ipynb #ec3f933f
 class ResumableRun:
-    """A training loop with exact resume in a run folder. A subclass sets `accelerator`, `config`, `out`, `name`, `order`, `weights` and `info` (JSON-ready, what must not change), and has `train_step`, `save`, `load`.
+    """A training loop with exact resume in a run folder.
 
-    `config` has `steps`, `batch_size`, `log_every`, `checkpoint_every`. `train_step` returns named tensors on the device, whose means over an interval are logged; 'loss' is watched.
+    A subclass sets `accelerator`, `config`, `out`, `name`, `order`, `weights` and `info` (JSON-ready, what must not
+    change), and has `train_step`, `save`, `load`. `config` has `steps`, `batch_size`, `log_every`, `checkpoint_every`.
+    `train_step` returns named tensors on the device, whose means over an interval are logged; 'loss' is watched.
     """
     free: tuple = ('steps', 'log_every', 'checkpoint_every', 'compile') #: settings that may change between calls
     memory_advice = 'lower the batch size' #: what to do when memory runs out
@@ -234,159 +374,215 @@ class ResumableRun:
     train_step: Callable
     save: Callable
     load: Callable
+    fit: Callable[..., dict]     #: this and the rest are given below
+    figures: Callable[..., dict]
+    speed: Callable[..., dict]
+    log: Callable[..., list]
+    _count: Callable[..., None]
+    _stop_soon: Callable[..., None]
+    _bad: Tensor
+    _since: _Interval
+    _loop: Callable[..., dict]
+    _report: Callable[..., dict]
+    _start: Callable[..., None]
+    _open: Callable[..., None]
+    _save: Callable[..., None]
+    _log: Callable[..., None]
+    _state: Callable[..., dict]
+    _folder: Callable[..., Path]
+    _should_stop: Callable[..., bool]
+    _check_finite: Callable[..., None]
+    _divergence: Callable[..., FloatingPointError]
+    _whole = staticmethod(_undamaged)
 
-    def fit(self,
-        until: int | None = None,     # stop after this many steps in total; None means `config.steps`
-        progress: bool = True,        # show a progress bar
-        resume: str | Path = 'auto'   # 'auto': from the newest whole checkpoint, if there is one; 'never': refuse a folder that has some; or a checkpoint folder
-    ) -> dict: # 'step', 'stopped' (by a signal), 'final_loss', 'seconds'
-        "Train. SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return. Raises `FloatingPointError` if the loss diverges, `torch.OutOfMemoryError` with what helps; checkpoints stay as they are; `FileExistsError` if the folder is neither new nor a run of ours."
-        claim(self.out, self.purpose, make=False)
-        self._start(resume)
-        claim(self.out, self.purpose)
-        with locked(self.out):
-            self._open()
-            return self._loop(until, progress)
+# %% ../nbs/04_decoder.ipynb #70f0145d
+@patch
+def fit(self: ResumableRun,
+    until: int | None = None,     # stop after this many steps in total; None means `config.steps`
+    progress: bool = True,        # show a progress bar
+    resume: str | Path = 'auto'   # 'auto': the newest whole checkpoint if any; 'never': refuse if any; or a checkpoint
+) -> dict: # 'step', 'stopped' (by a signal), 'final_loss', 'seconds'
+    """Train. SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return.
 
-    def _loop(self, until: int | None, progress: bool) -> dict:
-        c, end = self.config, min(until or self.config.steps, self.config.steps)
-        totals: dict = {}
-        count, mark, since = 0, time.perf_counter(), self.step
-        self._bad = torch.full((1,), -1., device=self.accelerator.device)
-        bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not (progress and self.accelerator.is_main_process))
-        handlers = self._catch_signals()
-        try:
-            while self.step < end and not self._should_stop():
-                with self._memory(): found = self.train_step()
-                self._bad = torch.where((self._bad < 0) & ~found['loss'].isfinite(), float(self.step), self._bad)
-                for k, v in found.items(): totals[k] = totals.get(k, 0) + v
-                self.step, count = self.step + 1, count + 1
-                bar.update()
-                if self.step % c.log_every == 0:
-                    self._check_finite()
-                    row = self.figures({k: self.accelerator.reduce(v/count, 'mean') for k, v in totals.items()})
-                    now = time.perf_counter()
-                    speed, self.seconds = (self.step - since)*c.batch_size/(now - mark), self.seconds + now - mark
-                    row |= {'images_per_second': round(speed, 1)} | self.speed((now - mark)/count)
-                    self._log({'step': self.step, **row})
-                    bar.set_postfix({k: f'{v:.4g}' for k, v in row.items() if v is not None})
-                    totals, count, mark, since = {}, 0, now, self.step
-                if self.step % c.checkpoint_every == 0 and self.step < end: self._save()
-            if count: self.seconds += time.perf_counter() - mark # a call that finds everything done adds nothing
-            if self._saved_at != self.step: self._save() # known to every process, while the folder may be ahead of a slow one
-        finally:
-            bar.close()
-            if self._board: self._board.close()
-            for s, h in handlers.items(): signal.signal(s, h)
-        log = self.log()
-        return {'step': self.step, 'stopped': self.step < end, 'final_loss': log[-1]['loss'] if log else None, 'seconds': round(self.seconds, 2)}
+    Raises `FloatingPointError` if the loss diverges, `torch.OutOfMemoryError` with what helps; checkpoints stay as
+    they are; `FileExistsError` if the folder is neither new nor a run of ours.
+    """
+    claim(self.out, self.purpose, make=False)
+    self._start(resume)
+    claim(self.out, self.purpose)
+    with locked(self.out):
+        self._open()
+        return self._loop(until, progress)
 
-    def figures(self,
-        means: dict # name -> mean over the interval and all processes
-    ) -> dict: # name -> number, for the log
-        "What is logged of the means; here all of them."
-        return {k: v.item() for k, v in means.items()}
+# %% ../nbs/04_decoder.ipynb #5807ff22
+@patch
+def _loop(self: ResumableRun, until: int | None, progress: bool) -> dict:
+    "Step by step, with what is due after each; the last checkpoint; and what `fit` returns."
+    c, end = self.config, min(until or self.config.steps, self.config.steps)
+    self._bad = torch.full((1,), -1., device=self.accelerator.device)
+    self._since = _Interval(time.perf_counter())
+    show = progress and self.accelerator.is_main_process
+    bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not show)
+    board = closing(self._board) if self._board else nullcontext()
+    with _on_signals(self._stop_soon), board, closing(bar):
+        while self.step < end and not self._should_stop():
+            with _enough_memory(self.step, self.memory_advice):
+                found = self.train_step()
+            self._count(found)
+            bar.update()
+            if self.step % c.log_every == 0: bar.set_postfix(self._report())
+            if self.step % c.checkpoint_every == 0 and self.step < end: self._save()
+        if self._since.count: self.seconds += time.perf_counter() - self._since.began # a finished run takes no time
+        if self._saved_at != self.step: self._save() # not by the folder: it may be ahead of a slow process
+    log = self.log()
+    return {'step': self.step, 'stopped': self.step < end, 'final_loss': log[-1]['loss'] if log else None,
+            'seconds': round(self.seconds, 2)}
 
-    def speed(self,
-        seconds: float # per step
-    ) -> dict: # name -> number, for the log
-        "What is logged of the speed beside images per second; here nothing."
-        return {}
+# %% ../nbs/04_decoder.ipynb #666d48f8
+@patch
+def _start(self: ResumableRun, resume: str | Path):
+    "Load the checkpoint to go on from, if there is one."
+    if resume == 'never':
+        if not checkpoints(self.out): return
+        raise ValueError(f'{self.out} holds checkpoints, and resume is never: choose another folder, or resume auto')
+    start = newest_checkpoint(self.out) if resume == 'auto' else Path(resume)
+    if start is None: return
+    self.load(start)
+    self._saved_at = self.step
 
-    def log(self) -> list[dict]: # lines of log.jsonl
-        "What has been logged so far; a last line that was cut off is left out."
-        f, rows = self.out/'log.jsonl', []
-        for line in f.read_text().splitlines() if f.exists() else []:
-            try: rows.append(json.loads(line))
-            except json.JSONDecodeError: break
-        return rows
+# %% ../nbs/04_decoder.ipynb #e697d790
+@patch
+def _open(self: ResumableRun):
+    "Make the folder ready for writing."
+    if self.accelerator.is_main_process:
+        write_json(self.out/'run.json', self.info)
+        _RunLog(self.out).cut(self.step)
+        if getattr(self.config, 'tensorboard', False): self._board = _tensorboard(self.out, self.step)
+    self.accelerator.wait_for_everyone()
 
-    def _state(self, folder: Path) -> dict:
-        "The state.json of a checkpoint, after checking that it belongs to this run."
-        remedy = 'give a folder step-... of checkpoints'
-        try: saved = read_json(folder/'state.json', 'checkpoint', remedy, ('config', 'step'))
-        except (FileNotFoundError, ValueError) as e:
-            raise ValueError(f'{folder} is no checkpoint: its state.json is missing or damaged; '
-                             'give a folder step-... of checkpoints') from e
-        differ = [f'{k}: {saved["config"].get(k)} -> {v}' for k, v in self.info['config'].items() if k not in self.free and saved['config'].get(k) != v]
-        differ += [f'{k}: {a} -> {b}' for k, a, b in _other_material(saved, self.info)]
-        if differ: raise ValueError(f'cannot resume {folder} with changed settings ({"; ".join(differ)}): use another output folder or the old settings')
-        return saved
+# %% ../nbs/04_decoder.ipynb #b626dc66
+def _tensorboard(run: Path, step: int) -> Any:
+    "A writer for TensorBoard that forgets what it has after a step."
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ValueError('TensorBoard is not installed: pip install tensorboard, or leave tensorboard off') from e
+    return SummaryWriter(run/'tensorboard', purge_step=step + 1)
 
-    @contextmanager
-    def _whole(self, folder: Path):
-        "Turn what a damaged checkpoint raises into one sentence."
-        try: yield
-        except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
-            raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): '
-                             'remove it to resume from the one before') from e
+# %% ../nbs/04_decoder.ipynb #05efd0b1
+@patch
+def _count(self: ResumableRun, found: dict):
+    "Take note of a step that was made."
+    self._bad = _first_bad(self._bad, self.step, found['loss'].isfinite())
+    self._since.add(found)
+    self.step += 1
 
-    @contextmanager
-    def _memory(self):
-        "Turn exhausted memory, of a GPU or of the host, into one sentence with advice."
-        try: yield
-        except RuntimeError as e:
-            if not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e): raise
-            raise torch.OutOfMemoryError(f'out of memory at step {self.step}: {self.memory_advice}; checkpoints are untouched') from e
+# %% ../nbs/04_decoder.ipynb #f26c6dcf
+@patch
+def _stop_soon(self: ResumableRun):
+    "Let the loop end after the step at hand."
+    self._stop = True
 
-    def _folder(self) -> Path: return self.out/'checkpoints'/f'step-{self.step:08d}'
+@patch
+def _should_stop(self: ResumableRun) -> bool:
+    "Whether a signal came to any process."
+    if self.accelerator.num_processes == 1: return self._stop
+    if self.step % 10: return False # agree every ten steps: asking each step would wait for the device
+    return bool(self.accelerator.reduce(torch.tensor(float(self._stop), device=self.accelerator.device)).item())
 
-    def _start(self, resume: str | Path):
-        "Load the checkpoint to go on from, if there is one."
-        if resume == 'never' and checkpoints(self.out): raise ValueError(f'{self.out} holds checkpoints, and resume is never: choose another folder, or resume auto')
-        start = newest_checkpoint(self.out) if resume == 'auto' else None if resume == 'never' else Path(resume)
-        if start is not None:
-            self.load(start)
-            self._saved_at = self.step
+# %% ../nbs/04_decoder.ipynb #df882e9c
+@patch
+def _report(self: ResumableRun) -> dict:
+    "Write a line of the log, begin a new interval, and return the line for the progress bar."
+    self._check_finite()
+    since = self._since
+    row = self.figures({k: self.accelerator.reduce(v/since.count, 'mean') for k, v in since.sums.items()})
+    now = time.perf_counter() # the device has been waited for
+    seconds = now - since.began
+    self.seconds += seconds
+    speed = since.count*self.config.batch_size/seconds
+    row |= {'images_per_second': round(speed, 1)} | self.speed(seconds/since.count)
+    self._log({'step': self.step, **row})
+    self._since = _Interval(now)
+    return {k: f'{v:.4g}' for k, v in row.items() if v is not None}
 
-    def _open(self):
-        "Make the folder ready for writing."
-        if self.accelerator.is_main_process:
-            write_json(self.out/'run.json', self.info)
-            kept = [json.dumps(r) + '\n' for r in self.log() if r['step'] <= self.step]
-            with atomic_write(self.out/'log.jsonl') as f: f.write_text(''.join(kept))
-            if getattr(self.config, 'tensorboard', False):
-                try: from torch.utils.tensorboard import SummaryWriter
-                except ImportError as e: raise ValueError('TensorBoard is not installed: pip install tensorboard, or leave tensorboard off') from e
-                self._board = SummaryWriter(self.out/'tensorboard', purge_step=self.step + 1)
-        self.accelerator.wait_for_everyone()
+# %% ../nbs/04_decoder.ipynb #d7ead00e
+@patch
+def figures(self: ResumableRun,
+    means: dict # name -> mean over the interval and all processes
+) -> dict: # name -> number, for the log
+    "What is logged of the means; here all of them."
+    return {k: v.item() for k, v in means.items()}
 
-    def _save(self):
-        self._check_finite(weights=True)
-        self.save()
-        self._saved_at = self.step
+# %% ../nbs/04_decoder.ipynb #b25c554c
+@patch
+def speed(self: ResumableRun,
+    seconds: float # per step
+) -> dict: # name -> number, for the log
+    "What is logged of the speed beside images per second; here nothing."
+    return {}
 
-    @torch.no_grad()
-    def _check_finite(self, weights: bool = False):
-        "Stop a run whose loss, or whose weights if asked for, are no numbers any more; the only places where the loop waits for the device are here and in the log."
-        bad = self._bad
-        if weights:
-            healthy = torch.stack(torch._foreach_norm(list(self.weights))).isfinite().all()
-            bad = torch.where((bad < 0) & ~healthy, float(self.step - 1), bad)
-        steps = [int(b) for b in self.accelerator.gather(bad).tolist() if b >= 0]
-        if not steps: return
-        batch, last = self.order.indices(min(steps)).tolist(), checkpoints(self.out)
-        if self.accelerator.is_main_process: write_json(self.out/'divergence.json', {'step': min(steps), 'batch': batch})
-        raise FloatingPointError(f'the loss became NaN or Inf at step {min(steps)} (images {", ".join(map(str, batch[:4]))}, ... of the data, all in {self.out/"divergence.json"}): '
-                                 f'lower lr, set max_grad_norm, or look at these images; last good checkpoint: {last[-1] if last else "none yet"}')
+# %% ../nbs/04_decoder.ipynb #cf47238b
+@patch
+def log(self: ResumableRun) -> list[dict]: # lines of log.jsonl
+    "What has been logged so far; a last line that was cut off is left out."
+    return _RunLog(self.out).rows()
 
-    def _log(self, row: dict):
-        if not self.accelerator.is_main_process: return
-        row = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()} # JSON has no NaN
-        with open(self.out/'log.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
-        for k, v in row.items() if self._board else ():
-            if v is not None: self._board.add_scalar(k, v, row['step'])
+# %% ../nbs/04_decoder.ipynb #509877a8
+@patch
+def _log(self: ResumableRun, row: dict):
+    "Write a line of the log, on the main process."
+    if not self.accelerator.is_main_process: return
+    row = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()} # JSON has no NaN
+    _RunLog(self.out).append(row)
+    for k, v in row.items() if self._board else ():
+        if v is not None: self._board.add_scalar(k, v, row['step'])
 
-    def _catch_signals(self) -> dict:
-        def stop(*_): self._stop = True
-        wanted = [getattr(signal, n) for n in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, n)]
-        try: return {s: signal.signal(s, stop) for s in wanted}
-        except ValueError: return {} # signals belong to the main thread
+# %% ../nbs/04_decoder.ipynb #076da69a
+@patch
+def _save(self: ResumableRun):
+    "Write a checkpoint of a run that is healthy."
+    self._check_finite(weights=True)
+    self.save()
+    self._saved_at = self.step
 
-    def _should_stop(self) -> bool:
-        if self.accelerator.num_processes == 1: return self._stop
-        if self.step % 10: return False # agree every ten steps: asking each step would wait for the device
-        return bool(self.accelerator.reduce(torch.tensor(float(self._stop), device=self.accelerator.device)).item())
+# %% ../nbs/04_decoder.ipynb #643f032e
+@patch
+@torch.no_grad()
+def _check_finite(self: ResumableRun, weights: bool = False):
+    """Stop a run whose loss, or whose weights if asked for, are no numbers any more.
+
+    The only places where the loop waits for the device are here and in the log.
+    """
+    bad = _first_bad(self._bad, self.step - 1, _all_finite(self.weights)) if weights else self._bad
+    steps = [int(b) for b in self.accelerator.gather(bad).tolist() if b >= 0]
+    if steps: raise self._divergence(min(steps))
+
+# %% ../nbs/04_decoder.ipynb #4d37208c
+@patch
+def _divergence(self: ResumableRun, step: int) -> FloatingPointError:
+    "What to say of a run whose loss became NaN or Inf; its images are noted in a file."
+    batch, good, note = self.order.indices(step).tolist(), checkpoints(self.out), self.out/'divergence.json'
+    if self.accelerator.is_main_process: write_json(note, {'step': step, 'batch': batch})
+    some = ', '.join(map(str, batch[:4]))
+    return FloatingPointError(
+        f'the loss became NaN or Inf at step {step} (images {some}, ... of the data, all in {note}): '
+        'lower lr, set max_grad_norm, or look at these images; '
+        f'last good checkpoint: {good[-1] if good else "none yet"}')
+
+# %% ../nbs/04_decoder.ipynb #38a464a1
+@patch
+def _folder(self: ResumableRun) -> Path:
+    "Where a checkpoint of this step belongs."
+    return self.out/'checkpoints'/f'step-{self.step:08d}'
+
+# %% ../nbs/04_decoder.ipynb #b6e472d4
+@patch
+def _state(self: ResumableRun, folder: Path) -> dict:
+    "The state.json of a checkpoint, after checking that it belongs to this run."
+    saved = _checkpoint_state(folder)
+    _refuse_changes(folder, saved, self.info, self.free)
+    return saved
 
 # %% ../nbs/04_decoder.ipynb #72cb6805
 @dataclass
@@ -411,22 +607,32 @@ class FinetuneConfig:
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
-        for field, allowed in (('precision', ('float32', 'bf16')), ('perceptual', ('lpips', 'efficientnet', 'none'))):
-            if getattr(self, field) not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {getattr(self, field)!r}')
-        values = asdict(self)
-        counts = 'steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers'
-        check_range(1, **{k: values[k] for k in counts})
-        check_range(0, **{k: values[k] for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
-        check_range(0, 1, ema_decay=self.ema_decay)
-        check_range(1e-12, lr=self.lr)
+        _check_recipe(asdict(self))
+
+# %% ../nbs/04_decoder.ipynb #0e848337
+def _check_recipe(values: dict):
+    "Refuse settings that make no sense."
+    for field, allowed in (('precision', ('float32', 'bf16')), ('perceptual', ('lpips', 'efficientnet', 'none'))):
+        if values[field] not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {values[field]!r}')
+    counts = 'steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers'
+    check_range(1, **{k: values[k] for k in counts})
+    check_range(0, **{k: values[k] for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
+    check_range(0, 1, ema_decay=values['ema_decay'])
+    check_range(1e-12, lr=values['lr'])
 
 # %% ../nbs/04_decoder.ipynb #12077a64
-def _perceptual(name: str) -> Callable | None:
+def _no_distance(a: Tensor, b: Tensor) -> Tensor:
+    "Zero for every image: no perceptual loss."
+    return torch.zeros(len(a), device=a.device)
+
+def _perceptual(name: str) -> Callable:
     "The perceptual part of the loss."
-    if name == 'none': return None
-    try: return lpips_distance('vgg') if name == 'lpips' else efficientnet_distance()
+    if name == 'none': return _no_distance
+    try:
+        return lpips_distance('vgg') if name == 'lpips' else efficientnet_distance()
     except ConnectionError as e: raise ConnectionError(f'{e}, or choose perceptual none or efficientnet') from e
 
+# %% ../nbs/04_decoder.ipynb #94323ae0
 class _Decode(nn.Module):
     "`Tokenizer.decode` as a forward pass, which is what data parallelism wraps."
     def __init__(self, tokenizer: Tokenizer):
@@ -435,141 +641,283 @@ class _Decode(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor: return self.tokenizer.decode(z)
 
-def _fingerprint(images) -> str | None:
-    "What images these are: a hash of a tensor, or what a source says of itself."
-    return tensor_digest({}, {'images': images}) if torch.is_tensor(images) else getattr(images, 'fingerprint', None)
+# %% ../nbs/04_decoder.ipynb #189c106f
+def _unfreeze_decoder(autoencoder: nn.Module) -> tuple[tuple, tuple, Tensor]:
+    "Let the decoder of a frozen autoencoder learn: names and weights of what learns, weight of the last layer."
+    found = [getattr(autoencoder, name, None) for name in ('decoder', 'post_quant_conv')]
+    parts = [m.requires_grad_(True) for m in found if m is not None]
+    if not parts: raise ValueError(f'{type(autoencoder).__name__} has no decoder to finetune')
+    names, weights = zip(*((k, p) for k, p in autoencoder.named_parameters() if p.requires_grad))
+    return names, weights, [p for p in parts[0].parameters() if p.ndim > 1][-1]
 
+# %% ../nbs/04_decoder.ipynb #6bf996c5
+def _new_discriminator(c: FinetuneConfig) -> PatchDiscriminator:
+    "A function of the seed; what the caller draws at random stays as it is."
+    with torch.random.fork_rng():
+        torch.manual_seed(c.seed)
+        return PatchDiscriminator(c.discriminator_width, c.discriminator_layers)
+
+# %% ../nbs/04_decoder.ipynb #7d85742d
+def _adam(parameters: Iterable[Tensor], c: FinetuneConfig) -> torch.optim.Optimizer:
+    "The optimiser of decoder and discriminator."
+    return torch.optim.AdamW(parameters, c.lr, c.betas, weight_decay=0.)
+
+# %% ../nbs/04_decoder.ipynb #43108e93
 class _Feed:
-    "Batches by step from a tensor or from anything with `len` and `[n] -> (image, label)`, the next one read ahead; images that cannot be read give way to the next that can."
+    """Batches by step from a tensor or from anything with `len` and `[n] -> (image, label)`, the next one read ahead.
+
+    Images that cannot be read give way to the next that can.
+    """
     def __init__(self, images, config: FinetuneConfig, share: slice):
         self.images, self.config, self.share = images, config, share
         self.skipped: set[int] = set()
-        self.order, self.ahead = DataOrder(len(images), config.batch_size, config.seed), ReadAhead(self._read, 1)
+        self.order = DataOrder(len(images), config.batch_size, config.seed)
+        self.ahead = ReadAhead(self._read, 1)
 
     def _one(self, n: int) -> Tensor:
         for k in range(n, n + len(self.images)):
-            try: return self.images[k % len(self.images)][0]
+            try:
+                return self.images[k % len(self.images)][0]
             except ValueError: self.skipped.add(k % len(self.images))
         raise ValueError('none of the images can be read')
 
+    def take(self, at: Tensor) -> Tensor:
+        "Images by their numbers."
+        return self.images[at] if torch.is_tensor(self.images) else torch.stack([self._one(n) for n in at.tolist()])
+
     def _read(self, step: int) -> Tensor:
-        at = self.order.indices(step)[self.share]
-        x = self.images[at] if torch.is_tensor(self.images) else torch.stack([self._one(n) for n in at.tolist()])
-        flips = torch.rand(self.config.batch_size, generator=seeded_generator('cpu', self.config.seed, 4, step))[self.share] < .5*self.config.flip
+        x, g = self.take(self.order.indices(step)[self.share]), seeded_generator('cpu', self.config.seed, 4, step)
+        flips = torch.rand(self.config.batch_size, generator=g)[self.share] < .5*self.config.flip
         return torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
 
     def __call__(self, step: int) -> Tensor: return self.ahead(step)
 
+# %% ../nbs/04_decoder.ipynb #83bdba6c
+def _count_images(images) -> int:
+    "How many images there are. Raises `ValueError` if there are none, or if they have no order of their own."
+    try:
+        count = len(images)
+    except TypeError as e:
+        raise ValueError('a data set streamed from the hub cannot be read in random order: '
+                         'download it to a folder or a parquet file first') from e
+    if not count: raise ValueError('there are no images to finetune on')
+    return count
+
+# %% ../nbs/04_decoder.ipynb #af9e4154
+def _share(accelerator: Accelerator, batch_size: int) -> slice:
+    "This process's part of a batch."
+    n, rank = accelerator.num_processes, accelerator.process_index
+    if batch_size % n: raise ValueError(f'batch_size {batch_size} cannot be divided among {n} processes')
+    return slice(rank*(batch_size//n), (rank + 1)*(batch_size//n))
+
+# %% ../nbs/04_decoder.ipynb #d6fb0d47
+def _finetune_info(tokenizer: Tokenizer, images, config: FinetuneConfig) -> dict:
+    "What must not change between calls. Images are known by a hash of a tensor, or by what a source says of itself."
+    digest = tensor_digest({}, {'images': images}) if torch.is_tensor(images) else getattr(images, 'fingerprint', None)
+    return {
+        'config': asdict(config) | {'betas': list(config.betas)},
+        'images': {'count': len(images), 'fingerprint': digest},
+        'tokenizer': {'name': tokenizer.name, 'identity': tokenizer.identity},
+    }
+
 # %% ../nbs/04_decoder.ipynb #6dc2012c
 class DecoderTrainer(ResumableRun):
-    "Finetunes a copy of a tokenizer's decoder, encoder frozen, into a run folder; the tokenizer's `spherical` decides whether tokens are projected."
+    """Finetunes a copy of a tokenizer's decoder, encoder frozen, into a run folder.
+
+    The tokenizer's `spherical` decides whether tokens are projected.
+    """
     purpose = 'a decoder run'
+    reconstruction_loss: Callable[..., tuple] #: these are given below
+    adversarial_loss: Callable[..., tuple]
+    generator_step: Callable[..., tuple]
+    discriminator_step: Callable[..., None]
+    finetuned: Callable[..., Tokenizer]
+    _autocast: Callable[..., Any]
+    _descend: Callable[..., None]
+    _tensors: Callable[..., dict]
+    _show: Callable[..., None]
 
     def __init__(self,
         tokenizer: Tokenizer,                  # start
         images,                                # [N, 3, H, W] in [-1, 1], or an `ImageSource`
         config: FinetuneConfig | None = None,  # None means the defaults
         out: str | Path = 'runs/decoder',      # run folder
-        held_out: Tensor | None = None         # images [M, 3, H, W] for strips and 'held_out_psnr'; None takes some of `images`
+        held_out: Tensor | None = None         # images [M, 3, H, W] for strips and PSNR; None takes some of `images`
     ):
         c = self.config = config or FinetuneConfig()
-        self.out, self.name = Path(out), f'decoder ({"spherical" if tokenizer.spherical else "control"})'
+        self.out = Path(out)
+        self.name = f'decoder ({"spherical" if tokenizer.spherical else "control"})'
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        device, n = self.accelerator.device, self.accelerator.num_processes
-        if c.batch_size % n: raise ValueError(f'batch_size {c.batch_size} cannot be divided among {n} processes')
-        try: found = len(images)
-        except TypeError as e: raise ValueError('a data set streamed from the hub cannot be read in random order: download it to a folder or a parquet file first') from e
-        if not found: raise ValueError('there are no images to finetune on')
-        perceptual = _perceptual(c.perceptual)
-        self.perceptual = perceptual or (lambda a, b: torch.zeros(len(a), device=device))
-        self.tokenizer = copy.deepcopy(tokenizer).requires_grad_(False).to(device)
-        model = self.tokenizer.autoencoder
-        learn = [m for m in (getattr(model, 'decoder', None), getattr(model, 'post_quant_conv', None)) if m is not None]
-        if not learn: raise ValueError(f'{type(model).__name__} has no decoder to finetune')
-        for m in learn: m.requires_grad_(True)
-        self._names, self.weights = zip(*((k, p) for k, p in model.named_parameters() if p.requires_grad))
-        self.last = [p for p in learn[0].parameters() if p.ndim > 1][-1]
-        with torch.random.fork_rng():
-            torch.manual_seed(c.seed)
-            self.critic = PatchDiscriminator(c.discriminator_width, c.discriminator_layers).to(device)
-        adam = lambda p: torch.optim.AdamW(p, c.lr, c.betas, weight_decay=0.)
-        self.decode, self.judge, self.optimizer, self.critic_optimizer = self.accelerator.prepare(_Decode(self.tokenizer), self.critic, adam(self.weights), adam(self.critic.parameters()))
-        self.ema, self._average = [p.detach().clone() for p in self.weights], get_ema_multi_avg_fn(c.ema_decay)
-        share, rank = c.batch_size//n, self.accelerator.process_index
-        self.feed = _Feed(images, c, slice(rank*share, (rank + 1)*share))
+        share = _share(self.accelerator, c.batch_size)
+        count = _count_images(images)
+        self.perceptual = _perceptual(c.perceptual)
+        self.tokenizer = copy.deepcopy(tokenizer).requires_grad_(False).to(self.accelerator.device)
+        self._names, self.weights, self.last = _unfreeze_decoder(self.tokenizer.autoencoder)
+        self.discriminator = _new_discriminator(c).to(self.accelerator.device)
+        self.decode, self.discriminator_ddp, self.optimizer, self.discriminator_optimizer = self.accelerator.prepare(
+            _Decode(self.tokenizer), self.discriminator,
+            _adam(self.weights, c), _adam(self.discriminator.parameters(), c))
+        self.ema = [p.detach().clone() for p in self.weights]
+        self._average = get_ema_multi_avg_fn(c.ema_decay)
+        self.feed = _Feed(images, c, share)
         self.order = self.feed.order
-        some = held_out if held_out is not None else images[:8] if torch.is_tensor(images) else torch.stack([self.feed._one(i) for i in range(min(8, len(images)))])
-        self.held_out = some
-        with torch.no_grad(): self._before = tokenizer.decode(tokenizer.encode(some[:8])).cpu()
-        self.info = {'config': asdict(c) | {'betas': list(c.betas)}, 'images': {'count': len(images), 'fingerprint': _fingerprint(images)}, 'tokenizer': {'name': tokenizer.name, 'identity': tokenizer.identity}}
+        self.held_out = self.feed.take(torch.arange(min(8, count))) if held_out is None else held_out
+        with torch.no_grad():
+            self._before = tokenizer.decode(tokenizer.encode(self.held_out[:8])).cpu()
+        self.info = _finetune_info(tokenizer, images, c)
 
-    def train_step(self) -> dict: # 'loss', 'l1', 'perceptual', 'psnr', 'weight' (of the critic): scalars on the device
-        "One step of the decoder and, once it has joined, one of the critic."
-        c, accelerator = self.config, self.accelerator
-        joined = self.step >= c.discriminator_start
-        x = self.feed(self.step).to(accelerator.device)
-        cast = torch.autocast(x.device.type, torch.bfloat16) if c.precision == 'bf16' else nullcontext()
-        with cast:
-            with torch.no_grad(): z = self.tokenizer.encode(x)
-            recon = self.decode(z)
-            l1, perceived = F.l1_loss(recon, x), self.perceptual(recon, x).mean()
-            loss, weight = l1 + c.perceptual_weight*perceived, torch.zeros((), device=x.device)
-            if joined:
-                self.critic.requires_grad_(False)
-                adversarial = -self.critic(recon).mean()
-                weight = c.adversarial_weight*adaptive_weight(loss, adversarial, self.last, lambda g: accelerator.reduce(g, 'mean'))
-                loss = loss + weight*adversarial
-        self.optimizer.zero_grad()
-        accelerator.backward(loss)
-        self.optimizer.step()
-        self._average(self.ema, [p.detach() for p in self.weights], self.step)
+# %% ../nbs/04_decoder.ipynb #8a4d8088
+@patch
+def reconstruction_loss(self: DecoderTrainer,
+    recon: Tensor, # what the decoder makes of images [B, 3, H, W]
+    x: Tensor      # the images
+) -> tuple[Tensor, Tensor, Tensor]: # the loss, and of what it consists: L1, perceptual; scalars
+    "How far reconstructions are from images."
+    l1 = F.l1_loss(recon, x)
+    perceived = self.perceptual(recon, x).mean()
+    return l1 + self.config.perceptual_weight*perceived, l1, perceived
+
+# %% ../nbs/04_decoder.ipynb #022ff3aa
+@patch
+def adversarial_loss(self: DecoderTrainer,
+    recon: Tensor,         # what the decoder makes of images
+    reconstruction: Tensor # the loss that sets the scale
+) -> tuple[Tensor, Tensor]: # the weighted loss, its weight; scalars
+    "How well the discriminator tells reconstructions from images; it does not learn from this."
+    def average(gradient: Tensor) -> Tensor:
+        return self.accelerator.reduce(gradient, 'mean')
+    self.discriminator.requires_grad_(False)
+    adversarial = -self.discriminator(recon).mean()
+    weight = self.config.adversarial_weight*adaptive_weight(reconstruction, adversarial, self.last, average)
+    return weight*adversarial, weight
+
+# %% ../nbs/04_decoder.ipynb #8321c151
+@patch
+def generator_step(self: DecoderTrainer,
+    x: Tensor,   # images [B, 3, H, W] on the device
+    joined: bool # whether the discriminator has a say
+) -> tuple[Tensor, dict]: # reconstructions, and what is logged
+    "One step of the decoder and of its average."
+    with self._autocast():
+        with torch.no_grad():
+            z = self.tokenizer.encode(x)
+        recon = self.decode(z)
+        loss, l1, perceived = self.reconstruction_loss(recon, x)
+        weight = torch.zeros((), device=x.device)
         if joined:
-            self.critic.requires_grad_(True)
-            self.critic_optimizer.zero_grad()
-            with cast: scores = self.judge(torch.cat([x, recon.detach()])).chunk(2)
-            accelerator.backward(critic_loss(*scores))
-            self.critic_optimizer.step()
-        return {'loss': loss.detach(), 'l1': l1.detach(), 'perceptual': perceived.detach(), 'psnr': psnr(recon.detach(), x).mean(), 'weight': weight}
+            adversarial, weight = self.adversarial_loss(recon, loss)
+            loss = loss + adversarial
+    self._descend(self.optimizer, loss)
+    self._average(self.ema, [p.detach() for p in self.weights], self.step)
+    recon = recon.detach()
+    return recon, {'loss': loss.detach(), 'l1': l1.detach(), 'perceptual': perceived.detach(),
+                   'psnr': psnr(recon, x).mean(), 'weight': weight}
 
-    def finetuned(self) -> Tokenizer: # in eval mode, frozen
-        "The tokenizer with the averaged decoder."
-        with swapped_weights(self.weights, self.ema): return copy.deepcopy(self.tokenizer).eval().requires_grad_(False)
+# %% ../nbs/04_decoder.ipynb #c9e65462
+@patch
+def _descend(self: DecoderTrainer, optimizer: Any, loss: Tensor):
+    "One step of an optimiser."
+    optimizer.zero_grad()
+    self.accelerator.backward(loss)
+    optimizer.step()
 
-    @torch.no_grad()
-    def save(self) -> Path: # the checkpoint folder
-        "Write a checkpoint and a strip (originals, decoded before, decoded now), and log PSNR on held-out images."
-        folder, unwrapped = self._folder(), self.accelerator.unwrap_model(self.judge)
-        states = [optimizer_tensors(m, o.optimizer) for m, o in ((self.decode, self.optimizer), (self.judge, self.critic_optimizer))]
-        if self.accelerator.is_main_process:
-            with atomic_write(folder, folder=True, existing='replace') as tmp:
-                tmp.mkdir()
-                named = lambda tensors: {k: p.detach().contiguous() for k, p in zip(self._names, tensors)}
-                for name, tensors in (('decoder', named(self.weights)), ('ema', named(self.ema)), ('critic', unwrapped.state_dict()), ('optimizer', states[0]), ('critic_optimizer', states[1])):
-                    save_file(tensors, tmp/f'{name}.safetensors')
-                seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
-            now = self.finetuned()
-            recon = torch.cat([now.decode(now.encode(x.to(self.accelerator.device))).cpu() for x in self.held_out.split(16)])
-            last = self.log()[-1]['loss'] if self.log() else None
-            self._log({'step': self.step, 'loss': last, 'held_out_psnr': psnr(recon, self.held_out).mean().item()})
-            save_grid(torch.cat([self.held_out[:8], self._before, recon[:8]]), self.out/'strips'/f'step-{self.step:08d}.png', columns=min(8, len(self.held_out)))
-        self.accelerator.wait_for_everyone()
-        return folder
+# %% ../nbs/04_decoder.ipynb #2cae683f
+@patch
+def _autocast(self: DecoderTrainer):
+    "The precision that was asked for."
+    if self.config.precision != 'bf16': return nullcontext()
+    return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
-    def load(self,
-        folder: str | Path # a checkpoint folder
-    ):
-        "Continue from a checkpoint. Raises `ValueError` if its settings, images or tokenizer differ, or if it is damaged."
-        folder = Path(folder)
-        saved = self._state(folder)
-        with self._whole(folder), torch.no_grad():
-            read = {k: load_file(folder/f'{k}.safetensors') for k in ('decoder', 'ema', 'critic', 'optimizer', 'critic_optimizer')}
-            for name, targets in (('decoder', self.weights), ('ema', self.ema)):
-                for k, t in zip(self._names, targets, strict=True): t.copy_(read[name][k])
-            self.critic.load_state_dict(read['critic'])
-        restore_optimizer(self.decode, self.optimizer.optimizer, read['optimizer'])
-        restore_optimizer(self.judge, self.critic_optimizer.optimizer, read['critic_optimizer'])
-        self.step, self.seconds = saved['step'], saved['seconds']
+# %% ../nbs/04_decoder.ipynb #72e4e9bd
+@patch
+def discriminator_step(self: DecoderTrainer,
+    x: Tensor,    # images
+    recon: Tensor # their reconstructions, without gradient
+):
+    "One step of the discriminator."
+    self.discriminator.requires_grad_(True)
+    with self._autocast():
+        real, fake = self.discriminator_ddp(torch.cat([x, recon])).chunk(2)
+    self._descend(self.discriminator_optimizer, critic_loss(real, fake))
 
+# %% ../nbs/04_decoder.ipynb #b443c519
+@patch
+def train_step(self: DecoderTrainer) -> dict: # 'loss', 'l1', 'perceptual', 'psnr', 'weight': scalars on the device
+    "One step of the decoder and, once it has joined, one of the discriminator, whose weight is logged."
+    joined = self.step >= self.config.discriminator_start
+    x = self.feed(self.step).to(self.accelerator.device)
+    recon, found = self.generator_step(x, joined)
+    if joined: self.discriminator_step(x, recon)
+    return found
+
+# %% ../nbs/04_decoder.ipynb #423f2fc6
+@patch
+def _tensors(self: DecoderTrainer) -> dict[str, dict]:
+    "What the files of a checkpoint hold; optimisers on the main process only."
+    def named(tensors: Iterable[Tensor]) -> dict:
+        return {k: p.detach().contiguous() for k, p in zip(self._names, tensors)}
+    return {
+        'decoder': named(self.weights),
+        'ema': named(self.ema),
+        'critic': self.discriminator.state_dict(),
+        'optimizer': optimizer_tensors(self.decode, self.optimizer.optimizer),
+        'critic_optimizer': optimizer_tensors(self.discriminator_ddp, self.discriminator_optimizer.optimizer),
+    }
+
+# %% ../nbs/04_decoder.ipynb #69d310c8
+@patch
+@torch.no_grad()
+def save(self: DecoderTrainer) -> Path: # the checkpoint folder
+    "Write a checkpoint and a strip (originals, decoded before, decoded now), and log PSNR on held-out images."
+    folder, files = self._folder(), self._tensors()
+    if self.accelerator.is_main_process:
+        with atomic_write(folder, folder=True, existing='replace') as tmp:
+            tmp.mkdir()
+            for name, tensors in files.items():
+                save_file(tensors, tmp/f'{name}.safetensors')
+            seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
+        self._show()
+    self.accelerator.wait_for_everyone()
+    return folder
+
+# %% ../nbs/04_decoder.ipynb #d62aa600
+@patch
+def load(self: DecoderTrainer,
+    folder: str | Path # a checkpoint folder
+):
+    "Continue from a checkpoint. Raises `ValueError` if its settings, images or tokenizer differ, or if it is damaged."
+    folder = Path(folder)
+    saved = self._state(folder)
+    with self._whole(folder), torch.no_grad():
+        names = 'decoder', 'ema', 'critic', 'optimizer', 'critic_optimizer'
+        read = {k: load_file(folder/f'{k}.safetensors') for k in names}
+        for name, targets in (('decoder', self.weights), ('ema', self.ema)):
+            for k, t in zip(self._names, targets, strict=True):
+                t.copy_(read[name][k])
+        self.discriminator.load_state_dict(read['critic'])
+    restore_optimizer(self.decode, self.optimizer.optimizer, read['optimizer'])
+    restore_optimizer(self.discriminator_ddp, self.discriminator_optimizer.optimizer, read['critic_optimizer'])
+    self.step, self.seconds = saved['step'], saved['seconds']
+
+# %% ../nbs/04_decoder.ipynb #6a2d1ac4
+@patch
+def finetuned(self: DecoderTrainer) -> Tokenizer: # in eval mode, frozen
+    "The tokenizer with the averaged decoder."
+    with swapped_weights(self.weights, self.ema):
+        return copy.deepcopy(self.tokenizer).eval().requires_grad_(False)
+
+# %% ../nbs/04_decoder.ipynb #2df3c020
+@patch
+def _show(self: DecoderTrainer):
+    "Log PSNR on held-out images, and draw the first of them: as they are, decoded before, decoded now."
+    now, device = self.finetuned(), self.accelerator.device
+    recon = torch.cat([now.decode(now.encode(x.to(device))).cpu() for x in self.held_out.split(16)])
+    last = self.log()[-1]['loss'] if self.log() else None
+    self._log({'step': self.step, 'loss': last, 'held_out_psnr': psnr(recon, self.held_out).mean().item()})
+    strip = torch.cat([self.held_out[:8], self._before, recon[:8]])
+    save_grid(strip, self.out/'strips'/f'step-{self.step:08d}.png', columns=min(8, len(self.held_out)))
+
+# %% ../nbs/04_decoder.ipynb #e56f5705
 def finetune_decoder(
     tokenizer: Tokenizer,                  # start; its `spherical` decides whether tokens are projected
     images,                                # [N, 3, H, W] in [-1, 1], or an `ImageSource`
@@ -578,12 +926,19 @@ def finetune_decoder(
     held_out: Tensor | None = None,        # images for strips and 'held_out_psnr'
     progress: bool = True                  # show a progress bar with live PSNR
 ) -> tuple[Tokenizer, list]: # finetuned tokenizer, log rows
-    "Finetune a copy of the decoder with a frozen encoder. Raises `InterruptedError` if stopped by a signal (what was done is saved), `ConnectionError` if perceptual weights cannot be had."
+    """Finetune a copy of the decoder with a frozen encoder.
+
+    Raises `InterruptedError` if stopped by a signal (what was done is saved), `ConnectionError` if perceptual weights
+    cannot be had.
+    """
     if out is None:
-        with tempfile.TemporaryDirectory() as tmp: return finetune_decoder(tokenizer, images, config, tmp, held_out, progress)
+        with tempfile.TemporaryDirectory() as tmp:
+            return finetune_decoder(tokenizer, images, config, tmp, held_out, progress)
     trainer = DecoderTrainer(tokenizer, images, config, out, held_out)
     result = trainer.fit(progress=progress)
-    if result['stopped']: raise InterruptedError(f'stopped and saved at step {result["step"]} of {trainer.config.steps}; run the same command to go on')
+    if result['stopped']:
+        raise InterruptedError(f'stopped and saved at step {result["step"]} of {trainer.config.steps}; '
+                               'run the same command to go on')
     return trainer.finetuned(), trainer.log()
 
 # %% ../nbs/04_decoder.ipynb #30b610eb
@@ -591,16 +946,27 @@ def frechet_distance(
     features_a: Tensor, # [N, f]
     features_b: Tensor  # [M, f]
 ) -> float: # squared Fréchet distance of the fitted Gaussians, >= 0 up to rounding
-    "Fréchet distance between two sets of features, in float64, by torch-fidelity. Raises `ValueError` for wrong shapes, NaN, or fewer than 2 rows."
+    """Fréchet distance between two sets of features, in float64, by torch-fidelity.
+
+    Raises `ValueError` for wrong shapes, NaN, or fewer than 2 rows.
+    """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
     a, b = (torch.as_tensor(f).detach().double().cpu() for f in (features_a, features_b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]: raise ValueError(f'features must be [N, f] and [M, f], got {tuple(a.shape)} and {tuple(b.shape)}')
-    if min(len(a), len(b)) < 2: raise ValueError('a covariance needs at least 2 samples on each side')
-    if not (a.isfinite().all() and b.isfinite().all()): raise ValueError('features contain NaN or Inf')
+    _check_features(a, b)
     stats = [fid_features_to_statistics(f) for f in (a, b)]
-    for s in stats: s['sigma'] = s['sigma'].reshape(a.shape[1], a.shape[1])
+    for s in stats:
+        s['sigma'] = s['sigma'].reshape(a.shape[1], a.shape[1])
     return fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]
 
+# %% ../nbs/04_decoder.ipynb #8e6512cb
+def _check_features(a: Tensor, b: Tensor):
+    "Raise `ValueError` for features without mean or covariance, or of two kinds."
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f'features must be [N, f] and [M, f], got {tuple(a.shape)} and {tuple(b.shape)}')
+    if min(len(a), len(b)) < 2: raise ValueError('a covariance needs at least 2 samples on each side')
+    if not (a.isfinite().all() and b.isfinite().all()): raise ValueError('features contain NaN or Inf')
+
+# %% ../nbs/04_decoder.ipynb #cd99c512
 def ssim(
     a: Tensor,           # images [B, C, H, W] in [-1, 1], sides at least `window`
     b: Tensor,           # same shape
@@ -612,7 +978,8 @@ def ssim(
     x = torch.arange(window, device=a.device) - window//2
     g = (-(x**2)/(2*sigma**2)).exp()
     kernel = (g[:, None]*g/g.sum()**2).expand(a.shape[1], 1, -1, -1).to(a)
-    blur = lambda y: F.conv2d(y, kernel, groups=a.shape[1])
+    def blur(y: Tensor) -> Tensor:
+        return F.conv2d(y, kernel, groups=a.shape[1])
     ma, mb = blur(a), blur(b)
     va, vb, cov = blur(a*a) - ma**2, blur(b*b) - mb**2, blur(a*b) - ma*mb
     s = (2*ma*mb + .01**2)*(2*cov + .03**2)/((ma**2 + mb**2 + .01**2)*(va + vb + .03**2))
@@ -628,22 +995,30 @@ def reconstruction_metrics(
     decoder: Tokenizer | None = None,    # decode with another tokenizer of the same latents
     batch_size: int = 64,                # images at a time
     reference: Tensor | None = None,     # features of the images where they are known already [N, f]
-    extractor: str = 'none'              # whose features they are: the distance is called rFID for 'inception' alone
+    extractor: str = 'none'              # whose features they are: it is called rFID for 'inception' alone
 ) -> dict: # {'psnr', 'ssim', 'rfd' or 'rfid', names of `distances`, 'count'}
-    "Reconstruction quality over a set of images. Raises `ValueError` if `decoder` belongs to other latents or there are no images."
-    decoder = decoder or tokenizer
-    if decoder.latent_identity != tokenizer.latent_identity: raise ValueError('the two tokenizers do not share their latents: encoders or transforms differ')
-    where = next(tokenizer.parameters()).device
+    "Reconstruction quality over images. Raises `ValueError` if there are none, or `decoder` belongs to other latents."
     measures = {'psnr': psnr, 'ssim': ssim, **(distances or {})}
     rows: dict[str, list] = {k: [] for k in measures}
     real, fake = [], []
-    for x in images.split(batch_size) if torch.is_tensor(images) else images:
-        x = x.to(where)
-        y = decoder.decode(tokenizer.encode(x)).clamp(-1, 1)
-        for k, measure in measures.items(): rows[k].append(measure(y, x).cpu())
+    for x, y in _reconstructed(tokenizer, decoder or tokenizer, images, batch_size):
+        for k, measure in measures.items():
+            rows[k].append(measure(y, x).cpu())
         if features: fake.append(features(y).cpu())
         if features and reference is None: real.append(features(x).cpu())
     if not rows['psnr']: raise ValueError('there are no images to measure on')
     result = {k: torch.cat(v).mean().item() for k, v in rows.items()}
-    if features: result['rfid' if extractor == 'inception' else 'rfd'] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
+    if features:
+        name = 'rfid' if extractor == 'inception' else 'rfd'
+        result[name] = frechet_distance(torch.cat(real) if reference is None else reference, torch.cat(fake))
     return result | {'count': sum(len(v) for v in rows['psnr'])}
+
+# %% ../nbs/04_decoder.ipynb #182798fa
+def _reconstructed(tokenizer: Tokenizer, decoder: Tokenizer, images: Any, batch_size: int) -> Iterator[tuple]:
+    "Batches of images and of what becomes of them."
+    if decoder.latent_identity != tokenizer.latent_identity:
+        raise ValueError('the two tokenizers do not share their latents: encoders or transforms differ')
+    where = next(tokenizer.parameters()).device
+    for x in images.split(batch_size) if torch.is_tensor(images) else images:
+        x = x.to(where)
+        yield x, decoder.decode(tokenizer.encode(x)).clamp(-1, 1)

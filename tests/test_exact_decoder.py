@@ -58,7 +58,7 @@ def test_steps_of_finetuning_are_those_written_by_hand(tmp_path, spherical):
                        discriminator_start=2, ema_decay=.7, discriminator_width=8)
     trainer = DecoderTrainer(load_tokenizer(DATA/'digits'/'vanilla', spherical=spherical), IMAGES, c, tmp_path)
     trainer.perceptual = perceived
-    start, critic = copy.deepcopy(trainer.tokenizer), copy.deepcopy(trainer.critic)
+    start, critic = copy.deepcopy(trainer.tokenizer), copy.deepcopy(trainer.discriminator)
     learned = [p for n, p in start.autoencoder.named_parameters() if n.startswith(('decoder.', 'post_quant_conv.'))]
     ema, state = [p.detach().clone() for p in learned], {}
     for step in range(4):
@@ -93,7 +93,7 @@ def test_steps_of_finetuning_are_those_written_by_hand(tmp_path, spherical):
                 adam(q, g, state, c)
     moved = 4*c.lr
     for found, want in ((trainer.weights, learned), (trainer.ema, ema),
-                        (list(trainer.critic.parameters()), list(critic.parameters()))):
+                        (list(trainer.discriminator.parameters()), list(critic.parameters()))):
         for a, b in zip(found, want, strict=True): assert (a - b).abs().mean() < .02*moved
     assert trainer.optimizer.param_groups[0]['weight_decay'] == 0
     returned = trainer.finetuned()
