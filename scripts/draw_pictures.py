@@ -8,10 +8,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from spherical_lfm.concentration import path_norms, plot_path_norms, plot_radial_share
+from spherical_lfm.concentration import path_norms, token_norm
+from spherical_lfm.engine.files import atomic_write
+from spherical_lfm.engine.images import digits_images
+from spherical_lfm.engine.plots import plot_path_norms, plot_radial_share
 from spherical_lfm.paths import ARMS, LinearPath, SlerpPath
-from spherical_lfm.sphere import project, token_norm
-from spherical_lfm.tokenizers import atomic_write, digits_images, load_tokenizer
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import load_tokenizer
 
 IMAGES = Path(__file__).resolve().parent.parent/'nbs'/'images'
 COLOUR, DASH = {'chord': '#0072B2', 'arc': '#D55E00'}, {'chord': '7 4', 'arc': 'none'}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from spherical_lfm.cli import slfm_bench
-from spherical_lfm.experiments import PRESETS, Preset, compare, environment
+from spherical_lfm.engine.files import claim_file, write_json
+from spherical_lfm.engine.report import environment
+from spherical_lfm.experiments import PRESETS, Preset, compare
 from spherical_lfm.paths import ARMS
-from spherical_lfm.tokenizers import claim_file, write_json
+from spherical_lfm.tools.cli import slfm_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 

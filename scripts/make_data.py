@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from spherical_lfm import tokenizers as tk
+from spherical_lfm.engine import images as images_module
 
 
 def scaled(steps: int, scale: float) -> int:
@@ -22,14 +23,14 @@ def tokenizer(out: Path, scale: float):
 
 def features(out: Path, scale: float):
     "The digit classifier whose features serve as semantic distance and as the extractor for Fréchet distances."
-    from spherical_lfm.probes import train_digit_features
+    from spherical_lfm.engine.features import train_digit_features
     train_digit_features(steps=scaled(1500, scale)).save_pretrained(out/'digits'/'features')
 
 
 def decoders(out: Path, scale: float):
     "The decoder behind the projection, and the equally finetuned vanilla control."
     from spherical_lfm.decoder import FinetuneConfig, finetune_decoder
-    images, _ = tk.digits_images('train')
+    images, _ = images_module.digits_images('train')
     for name, spherical in (('spherical', True), ('control', False)):
         start = tk.load_tokenizer(out/'digits'/'vanilla', spherical=spherical)
         config = FinetuneConfig(steps=scaled(1500, scale), batch_size=64, lr=5e-4, discriminator_start=scaled(750, scale),
@@ -40,20 +41,20 @@ def decoders(out: Path, scale: float):
 
 def results(out: Path, scale: float):
     "The matched comparison of the four arms over three seeds; a rehearsal takes one."
-    from spherical_lfm.experiments import seeds_study
+    from spherical_lfm.tools.studies import seeds_study
     seeds_study(out/'results'/'digits_comparison.json', (0, 1, 2) if scale == 1 else (0,), scale)
 
 
 def solvers(out: Path, scale: float):
     "Fréchet distance against evaluations of the network for every solver."
-    from spherical_lfm.experiments import solver_study
+    from spherical_lfm.tools.studies import solver_study
     few = {} if scale == 1 else dict(budgets=(4, 8), tolerances=(.3,)) # a rehearsal
     solver_study(out/'results'/'digits_solvers.json', scale=scale, **few)
 
 
 def evolution(out: Path, scale: float):
     "Samples on their way from noise to image, along the chord and along the arc."
-    from spherical_lfm.experiments import evolution_study
+    from spherical_lfm.tools.studies import evolution_study
     evolution_study(out/'results'/'digits_evolution.png', scale=scale)
 
 

@@ -1,4 +1,4 @@
-"""The matched experiment on photographs behind chapter 11: CIFAR-10 at 64 px through TAEF2, the four arms and what the paper's last row confounds.
+"""The matched experiment on photographs behind chapter 12: CIFAR-10 at 64 px through TAEF2, the four arms and what the paper's last row confounds.
 
     python scripts/study_cifar.py                                    on a GPU: preset cifar10-taef2
     python scripts/study_cifar.py --preset cifar10-taef2-small --workers 2   on two CPU cores
@@ -20,11 +20,23 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from spherical_lfm.experiments import comparison_table, decoder_name, environment, get_preset, prepare_latents, reference_features, run_arm, score, steps_to_reach
-from spherical_lfm.fidelity import all_parts, extract_features, score_features
-from spherical_lfm.latents import ImageSource, LatentDataset
+from spherical_lfm.engine.features import all_parts, extract_features
+from spherical_lfm.engine.files import atomic_write, claim_file, write_json
+from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.latents import LatentDataset
+from spherical_lfm.engine.report import environment
+from spherical_lfm.experiments import (
+    comparison_table,
+    decoder_name,
+    get_preset,
+    prepare_latents,
+    reference_features,
+    run_arm,
+    score,
+    steps_to_reach,
+)
+from spherical_lfm.fidelity import score_features
 from spherical_lfm.paths import ARMS
-from spherical_lfm.tokenizers import atomic_write, claim_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = 'spherical-slerp without projection'

@@ -1,4 +1,4 @@
-"""The study of a real tokenizer on real photographs behind chapters 01, 03 and 04: TAEF2 on CIFAR-10 and ImageNet samples.
+"""The study of a real tokenizer on real photographs behind chapters 01, 05 and 06: TAEF2 on CIFAR-10 and ImageNet samples.
 
     python scripts/study_taef2.py                      everything, about three hours on two CPU cores
     python scripts/study_taef2.py --stages probes      one stage
@@ -18,9 +18,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from spherical_lfm.decoder import reconstruction_metrics
-from spherical_lfm.experiments import environment
-from spherical_lfm.latents import ImageSource
-from spherical_lfm.tokenizers import Tokenizer, claim_file, load_tokenizer, measure_statistics, standardise, write_json
+from spherical_lfm.engine.files import claim_file, write_json
+from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.report import environment
+from spherical_lfm.tokenizers import Tokenizer, load_tokenizer, measure_statistics, standardise
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

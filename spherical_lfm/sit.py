@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'sincos_positions', 'time_waves', 'TimeEmbedder', 'LabelEmbedder', 'modulate', 'SiTBlock', 'FinalLayer',
            'unpatchify', 'SiT']
 
-# %% ../nbs/07_sit.ipynb #608bd060
+# %% ../nbs/07_sit.ipynb #29b3dbdf
 import math
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from .tokenizers import find_state, open_tensors
+from .engine.weights import find_state, open_tensors
 
 # %% ../nbs/07_sit.ipynb #2af59a67
 def sincos_positions(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['spherical_lfm.cli', 'forked'])
+SERVER.set_forkserver_preload(['spherical_lfm.tools.cli', 'forked'])
 os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get('PYTHONPATH')])])  # or the server finds no module of the tests
 
 
@@ -22,7 +22,7 @@ def _work(command: str, args: list, env: dict, cwd: str | None, largest: int | N
     sys.argv = [command, *args]
     import torch
 
-    from spherical_lfm import cli
+    from spherical_lfm.tools import cli
     torch.set_num_threads(1)
     getattr(cli, command)()
 

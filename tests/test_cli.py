@@ -10,7 +10,8 @@ import pytest
 import torch
 from forked import call
 
-from spherical_lfm.latents import ImageSource, encode_latents
+from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.latents import encode_latents
 from spherical_lfm.tokenizers import load_tokenizer
 
 COMMANDS = ['slfm_demo', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_compare', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'slfm_bench']
@@ -28,7 +29,7 @@ def run(tmp_path_factory):
 def test_console_scripts():
     "One as it is installed; the others differ in their name alone."
     installed = {e.name: e.value for e in entry_points(group='console_scripts') if e.name.startswith('slfm_')}
-    assert installed == {c: f'spherical_lfm.cli:{c}' for c in COMMANDS}
+    assert installed == {c: f'spherical_lfm.tools.cli:{c}' for c in COMMANDS}
     result = subprocess.run([str(Path(sys.executable).parent/'slfm_train'), '/no/latents', '/no/run'], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and 'make them with slfm_encode' in result.stderr and 'Traceback' not in result.stderr
 
@@ -45,8 +46,8 @@ def test_sampling_is_reproducible_and_the_pipeline_agrees(run, tmp_path):
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    from spherical_lfm.decoder import seeded_generator
-    from spherical_lfm.sampling import SphericalSiTPipeline
+    from spherical_lfm.engine.runs import seeded_generator
+    from spherical_lfm.tools.pipeline import SphericalSiTPipeline
     for name in ('a', 'b'):
         assert call('slfm_sample', run/'run', tmp_path/name, '--count', 3, '--steps', 4, '--seed', 5).returncode == 0
     read = lambda name: torch.stack([pil_to_tensor(Image.open(f)) for f in sorted((tmp_path/name).rglob('0*.png'))])

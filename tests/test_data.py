@@ -1,7 +1,5 @@
 """What lies in data/ loads, is what it says, and can be made again by the command that made it."""
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from spherical_lfm.engine.features import extract_features, frechet_distance, load_digit_features, psnr
+from spherical_lfm.engine.files import MARK
+from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.latents import LatentDataset, LatentLoader, encode_latents
+from spherical_lfm.engine.weights import DATA
 from spherical_lfm.experiments import PRESETS, prepare_latents
-from spherical_lfm.fidelity import differences, evaluate, extract_features, frechet_distance
-from spherical_lfm.latents import ImageSource, LatentDataset, LatentLoader, encode_latents
-from spherical_lfm.probes import load_digit_features
-from spherical_lfm.tokenizers import DATA, MARK, AutoencoderKL, digits_images, load_tokenizer, psnr
+from spherical_lfm.fidelity import differences, evaluate
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import AutoencoderKL, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,7 +110,7 @@ def test_interrupted_encoding_keeps_finished_shards(tmp_path):
 
 def test_mapped_latents_are_the_resident_ones_in_any_order(tmp_path):
     encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, flip=True, shard_size=100, progress=False)
-    resident, mapped = (LatentLoader(LatentDataset(tmp_path, spherical=True, resident=r), 50, seed=1, window=400) for r in (True, False))
+    resident, mapped = (LatentLoader(LatentDataset(tmp_path, project=project, resident=r), 50, seed=1, window=400) for r in (True, False))
     for step in (0, 1, 7, 8, 28, 29, 300):
         a, b = resident(step), mapped(step)
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])

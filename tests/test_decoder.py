@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Command, call
 from diffusers import AutoencoderKL
+from forked import Command, call
 
-from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig, checkpoints, finetune_decoder, reconstruction_metrics
-from spherical_lfm.experiments import finetune_study
-from spherical_lfm.latents import ImageSource
-from spherical_lfm.tokenizers import DATA, digits_images, load_tokenizer, standardise, measure_statistics
+from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig, finetune_decoder, reconstruction_metrics
+from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.runs import checkpoints
+from spherical_lfm.engine.weights import DATA
+from spherical_lfm.tokenizers import load_tokenizer, measure_statistics, standardise
+from spherical_lfm.tools.studies import finetune_study
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}

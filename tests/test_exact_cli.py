@@ -7,9 +7,11 @@ import pytest
 import torch
 from exact import Recorder
 
-from spherical_lfm import cli
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
-from spherical_lfm.tokenizers import digits_images, load_tokenizer
+from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import load_tokenizer
+from spherical_lfm.tools import cli
 from spherical_lfm.training import TrainConfig, Trainer
 
 
@@ -26,7 +28,7 @@ def place(tmp_path_factory):
     encode_latents(load_tokenizer('digits'), ImageSource('digits'), root/'latents', flip=False, order=torch.arange(40),
                    progress=False)
     config = TrainConfig(model='SiT-Ti/2', steps=2, batch_size=8, checkpoint_every=1, log_every=1)
-    Trainer(config, LatentDataset(root/'latents', spherical=True), root/'run').fit(progress=False)
+    Trainer(config, LatentDataset(root/'latents', project=project), root/'run').fit(progress=False)
     return SimpleNamespace(root=root, run=str(root/'run'), latents=str(root/'latents'))
 
 
@@ -87,7 +89,8 @@ def test_options_of_sampling(place, monkeypatch, tmp_path):
 
 def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
     from torchvision.io import read_image
-    from spherical_lfm.fidelity import to_uint8
+
+    from spherical_lfm.engine.images import to_uint8
     from spherical_lfm.sampling import load_run, sample
     cli.slfm_sample([place.run, str(tmp_path/'out'), '--count', '12', '--steps', '3', '--seed', '5', '--step', '1'])
     files = sorted((tmp_path/'out').rglob('*.png'), key=lambda f: f.stem)

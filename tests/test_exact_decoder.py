@@ -10,9 +10,19 @@ from exact import blocks, noise
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from spherical_lfm.decoder import (
-    DataOrder, DecoderTrainer, FinetuneConfig, PatchDiscriminator, _Feed, adaptive_weight, critic_loss,
-    frechet_distance, reconstruction_metrics, seeded_generator, ssim)
-from spherical_lfm.tokenizers import DATA, digits_images, load_tokenizer
+    DecoderTrainer,
+    FinetuneConfig,
+    PatchDiscriminator,
+    _Feed,
+    adaptive_weight,
+    critic_loss,
+    reconstruction_metrics,
+)
+from spherical_lfm.engine.features import frechet_distance, ssim
+from spherical_lfm.engine.images import digits_images
+from spherical_lfm.engine.runs import DataOrder, seeded_generator
+from spherical_lfm.engine.weights import DATA
+from spherical_lfm.tokenizers import load_tokenizer
 
 IMAGES = digits_images('train')[0][:96]
 

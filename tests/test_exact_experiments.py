@@ -12,13 +12,14 @@ from exact import Recorder, blocks, noise
 
 from spherical_lfm import experiments as ex
 from spherical_lfm.concentration import norm_stats, path_norms, radial_share
-from spherical_lfm.decoder import frechet_distance
-from spherical_lfm.fidelity import extract_features
-from spherical_lfm.latents import ImageSource, LatentDataset
+from spherical_lfm.engine.features import extract_features, frechet_distance, psnr
+from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.latents import LatentDataset
 from spherical_lfm.paths import ARMS
 from spherical_lfm.sampling import load_run, sample
 from spherical_lfm.sphere import project
-from spherical_lfm.tokenizers import digits_images, load_tokenizer, psnr
+from spherical_lfm.tokenizers import load_tokenizer
+from spherical_lfm.tools import studies
 from spherical_lfm.training import TrainConfig, Trainer
 
 TINY = replace(ex.PRESETS['digits'], train=dict(model='SiT-Ti/2', steps=2, batch_size=8, lr=.1, checkpoint_every=1,
@@ -39,7 +40,7 @@ def place(tmp_path_factory):
     ex.prepare_latents(TINY, source, root/'latents', progress=False)
     reference = ex.reference_features(TINY, source, root, progress=False)
     for arm in ('spherical-slerp', 'vanilla-linear'):
-        data = LatentDataset(root/'latents', spherical=ARMS[arm].spherical)
+        data = LatentDataset(root/'latents', project=ARMS[arm].projection)
         Trainer(TrainConfig(arm=arm, **TINY.train), data, root/arm).fit(progress=False)
     return SimpleNamespace(root=root, reference=reference, labels=LatentDataset(root/'latents').y)
 
@@ -231,7 +232,7 @@ def test_a_finetuning_study_swaps_decoders_not_tokens(monkeypatch, tmp_path):
         (run/'log.jsonl').write_text('')
         return blocks(spherical, .9 if spherical else .8, scale=2., shift=.1), []
     recorder = Recorder(monkeypatch, ex, 'finetune_decoder', finetuned)
-    result = ex.finetune_study(start, images, tmp_path/'out', held_out=images, extractor='none', progress=False)
+    result = studies.finetune_study(start, images, tmp_path/'out', held_out=images, extractor='none', progress=False)
     assert [c['tokenizer'].spherical for c in recorder.calls] == [True, False]
     whole, projected = F.pixel_unshuffle(images, 2), F.pixel_unshuffle(images, 2)
     projected = (project((projected - .1)*2))/2 + .1
@@ -249,14 +250,14 @@ def test_a_finetuning_study_swaps_decoders_not_tokens(monkeypatch, tmp_path):
 
 def test_analysed_tokens_are_those_of_the_images():
     tokenizer, source, order = load_tokenizer('digits'), ImageSource('digits'), torch.arange(50, 150)
-    same, raw, processed = ex.analyze_tokens(tokenizer, source, limit=80, order=order, batch_size=30, progress=False)
+    same, raw, processed = studies.analyze_tokens(tokenizer, source, limit=80, order=order, batch_size=30, progress=False)
     x = digits_images('train')[0][50:130]
     assert same is tokenizer and processed.summary()['images'] == 80
     for found, z in ((raw, tokenizer.raw_latents(x)), (processed, tokenizer.encode(x))):
         want = norm_stats(z)
         for k in ('mean', 'std', 'mean_over_sqrt_d', 'cv', 'min', 'max', 'count'):
             assert found.summary()[k] == pytest.approx(want[k], rel=1e-4), k
-    measured, _, standard = ex.analyze_tokens(tokenizer, source, limit=80, statistics='measure', order=order,
+    measured, _, standard = studies.analyze_tokens(tokenizer, source, limit=80, statistics='measure', order=order,
                                               batch_size=30, progress=False)
     rows = measured.encode(x).movedim(1, -1).flatten(0, -2)
     np.testing.assert_allclose(rows.std(0, unbiased=False), 1, atol=1e-3)
@@ -265,7 +266,7 @@ def test_analysed_tokens_are_those_of_the_images():
 
 def test_evolution_follows_the_samples(place):
     tokenizer, y = load_tokenizer('digits', spherical=True), torch.tensor([3, 1])
-    found = ex.evolution(place.root/'spherical-slerp', tokenizer, y, shown=4, steps=6, seed=2)
+    found = studies.evolution(place.root/'spherical-slerp', tokenizer, y, shown=4, steps=6, seed=2)
     model, path, _ = load_run(place.root/'spherical-slerp')
     passed = []
     z = sample(model, path, y, steps=6, seed=2, on_step=lambda t, z: passed.append(z))

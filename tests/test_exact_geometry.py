@@ -6,11 +6,22 @@ import pytest
 import torch
 from scipy import stats
 
-from spherical_lfm import sphere
+from spherical_lfm import concentration, sphere
 from spherical_lfm.concentration import (
-    RunningMoments, TokenStatistics, chi_mean, chi_variance, chord_excursion, chord_radial_share, geometry_row,
-    isotropic_pair, norm_stats, pair_profile, path_norms, radial_share, shell_tail_bound)
+    chi_mean,
+    chi_variance,
+    chord_radial_share,
+    isotropic_pair,
+    norm_stats,
+    off_shell_distance,
+    pair_profile,
+    path_norms,
+    radial_share,
+    shell_tail_bound,
+)
+from spherical_lfm.engine.processes import RunningMoments
 from spherical_lfm.paths import ARMS, LinearPath, ShellPath, SlerpPath, arm_path
+from spherical_lfm.tools.studies import TokenStatistics, geometry_row
 
 
 def gauss(*shape, seed=0):
@@ -76,7 +87,7 @@ def test_the_closed_form_is_what_chords_do(r1):
 
 def test_excursion_by_hand():
     "At 0.7 the shells (1.0, 0.1) and (0.5, 0.05) are 3 and 4 widths away: the nearer counts; at 1.1 and 0.5 less."
-    assert chord_excursion(torch.tensor([1.1, .7, .5]), ((1., .1), (.5, .05))) == pytest.approx(3.)
+    assert off_shell_distance(torch.tensor([1.1, .7, .5]), ((1., .1), (.5, .05))) == pytest.approx(3.)
 
 
 def test_isotropic_pairs_have_the_norms_asked_for():
@@ -214,7 +225,7 @@ def test_the_sphere_on_a_plane_by_hand():
     torch.testing.assert_close(sphere.slerp_velocity(z, w, 1/3),
                                math.pi/2*(-math.sin(math.pi/6)*z + math.cos(math.pi/6)*w))
     torch.testing.assert_close(sphere.transport(z, w, w), -z)
-    assert sphere.token_norm(z).item() == 5.
+    assert concentration.token_norm(z).item() == 5.
 
 
 def test_uniform_points_are_uniform():

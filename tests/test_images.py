@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents, number_labels, open_source, to_tensor
-from spherical_lfm.tokenizers import digits_images, load_tokenizer
+from spherical_lfm.engine.images import ImageSource, digits_images, number_labels, open_source, to_tensor
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.tokenizers import load_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
 COLOURS = {'red': (255, 0, 0), 'lime': (0, 255, 0), 'blue': (0, 0, 255), 'white': (255, 255, 255)}
@@ -329,7 +330,7 @@ def test_classes_without_images_keep_their_numbers(tmp_path):
 
 def test_commands_say_what_they_understood(tmp_path):
     put(tmp_path, 'set/train/1/a.png', 'set/train/10/a.png', 'set/train/2/a.png', 'set/val/1/a.png')
-    line = [sys.executable, '-c', 'from spherical_lfm.cli import slfm_encode; slfm_encode()', 'digits', str(tmp_path/'set'), str(tmp_path/'z'), '--size', '16', '--no_flip', '--split', 'train']
+    line = [sys.executable, '-c', 'from spherical_lfm.tools.cli import slfm_encode; slfm_encode()', 'digits', str(tmp_path/'set'), str(tmp_path/'z'), '--size', '16', '--no_flip', '--split', 'train']
     result = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert re.search(r'3 images at 16 px, split train, 3 classes \(1: 1, 2: 1, 10: 1\)', result.stderr)

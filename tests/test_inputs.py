@@ -17,15 +17,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from spherical_lfm import cli
 from spherical_lfm.decoder import FinetuneConfig
-from spherical_lfm.fidelity import feature_function, load_reference, npz_batches, score_features, source_batches
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
+from spherical_lfm.engine.features import feature_function, lpips_distance, semantic_features
+from spherical_lfm.engine.files import read_json, write_json
+from spherical_lfm.engine.images import ImageSource, digits_images, to_uint8
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.weights import open_tensors
+from spherical_lfm.fidelity import load_reference, npz_batches, score_features, source_batches
 from spherical_lfm.paths import SlerpPath, shift_time
-from spherical_lfm.probes import lpips_distance, semantic_features
-from spherical_lfm.sampling import FlowScheduler, SphericalSiTPipeline, load_run, sample
+from spherical_lfm.sampling import load_run, sample
 from spherical_lfm.sit import SiT
-from spherical_lfm.tokenizers import digits_images, load_tokenizer, open_tensors, read_json, to_uint8, write_json
+from spherical_lfm.tokenizers import load_tokenizer
+from spherical_lfm.tools import cli
+from spherical_lfm.tools.pipeline import FlowScheduler, SphericalSiTPipeline
 from spherical_lfm.training import TrainConfig
 
 #: Words that say what to do.
@@ -378,7 +382,7 @@ def test_a_bug_keeps_its_traceback(place, monkeypatch, capfd):
         cli.slfm_train(['nothing', 'new', '--debug'])
     assert isinstance(e.value.__cause__, FileNotFoundError)
     script = """
-import numpy, spherical_lfm.cli as cli
+import numpy, spherical_lfm.tools.cli as cli
 cli.load_tokenizer = lambda *a, **k: numpy.zeros(3).reshape(2)
 cli.slfm_encode(["digits", "digits", "new"])"""
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=place)
@@ -594,7 +598,7 @@ def test_logs_hold_no_nan(tmp_path):
     "A gradient that overflowed once is null in the log, which every reader of JSON takes."
     from types import SimpleNamespace
 
-    from spherical_lfm.decoder import ResumableRun
+    from spherical_lfm.engine.runs import ResumableRun
     run = SimpleNamespace(out=tmp_path, accelerator=SimpleNamespace(is_main_process=True), _board=None)
     ResumableRun._log(run, {'step': 3, 'loss': 1.5, 'grad_norm': math.inf, 'quarter': None})
     found = json.loads((tmp_path/'log.jsonl').read_text(), parse_constant=pytest.fail)

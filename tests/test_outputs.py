@@ -14,13 +14,27 @@ import torch
 from forked import Command
 from PIL import Image
 
-from spherical_lfm import cli, decoder, experiments, fidelity, latents, tokenizers, training
-from spherical_lfm.decoder import FinetuneConfig, checkpoints, finetune_decoder
-from spherical_lfm.experiments import PRESETS, analyze_study, compare, evolution_study, finetune_study, probe_study, seeds_study, solver_study
+from spherical_lfm import decoder, experiments, fidelity, tokenizers, training
+from spherical_lfm.decoder import FinetuneConfig, finetune_decoder
+from spherical_lfm.engine import features, files, images, latents, report, runs
+from spherical_lfm.engine.files import MARK, atomic_write, claim, locked, read_manifest, write_json
+from spherical_lfm.engine.images import ImageSource, digits_images, save_grid
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.runs import checkpoints
+from spherical_lfm.experiments import PRESETS, compare
 from spherical_lfm.fidelity import generate, save_reference
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.sampling import load_run
-from spherical_lfm.tokenizers import MARK, atomic_write, claim, digits_images, load_tokenizer, locked, read_manifest, save_figure, save_grid, write_json
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import load_tokenizer
+from spherical_lfm.tools import cli, studies
+from spherical_lfm.tools.studies import (
+    analyze_study,
+    evolution_study,
+    finetune_study,
+    probe_study,
+    seeds_study,
+    solver_study,
+)
 from spherical_lfm.training import TrainConfig, Trainer
 
 TINY = dict(model='SiT-Ti/4', steps=2, batch_size=8, log_every=1, ema_decay=.9)
@@ -32,7 +46,7 @@ def place(tmp_path_factory):
     "Latents and a trained run for what needs them."
     root = tmp_path_factory.mktemp('outputs')
     encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), root/'latents', flip=False, progress=False)
-    Trainer(TrainConfig(**TINY), LatentDataset(root/'latents', spherical=True), root/'run').fit(progress=False)
+    Trainer(TrainConfig(**TINY), LatentDataset(root/'latents', project=project), root/'run').fit(progress=False)
     return root
 
 
@@ -70,7 +84,7 @@ FOLDERS = { # what writes a folder: (out, place) -> work
     'slfm_encode': lambda out, place: quiet(cli.slfm_encode, 'digits', 'digits', out, '--no_flip', '--split', 'test'),
     'encode_latents': lambda out, place: encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), out, flip=False, progress=False),
     'slfm_train': lambda out, place: quiet(cli.slfm_train, place/'latents', out, '--model', 'SiT-Ti/4', '--steps', 2, '--batch_size', 8, '--log_every', 1),
-    'Trainer': lambda out, place: Trainer(TrainConfig(**TINY), LatentDataset(place/'latents', spherical=True), out).fit(progress=False),
+    'Trainer': lambda out, place: Trainer(TrainConfig(**TINY), LatentDataset(place/'latents', project=project), out).fit(progress=False),
     'slfm_finetune': lambda out, place: quiet(cli.slfm_finetune, 'digits', 'digits', out, *QUICK),
     'finetune_study': lambda out, place: finetune_study(load_tokenizer('digits'), digits_images('test')[0][:20], out, FinetuneConfig(steps=1, batch_size=4, perceptual='none'), ('control',), extractor='none', progress=False),
     'finetune_decoder': lambda out, place: finetune_decoder(load_tokenizer('digits'), digits_images('test')[0][:20], FinetuneConfig(steps=1, batch_size=4, perceptual='none'), out, progress=False),
@@ -112,7 +126,7 @@ def test_strangers_in_a_folder_of_ours_survive(name, place, tmp_path, monkeypatc
     FOLDERS[name](tmp_path/'out', place)
     survive(before, tmp_path/'there')
     def full(path): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(tokenizers, '_flush', full)
+    monkeypatch.setattr(files, '_flush', full)
     try: FOLDERS[name](tmp_path/'out', place)
     except (OSError, SystemExit) as e: assert 'cannot write' in str(e)
     survive(before, tmp_path/'there')
@@ -285,7 +299,7 @@ def test_every_writer_is_in_the_tables():
     assert commands <= {n.split()[0] for n in (*FOLDERS, *FILES)}
     written = {'atomic_write', 'write_json', 'claim', 'claim_file', 'locked', 'remove_listed', 'save_figure', 'save_grid', 'read_manifest', 'save_npz', # the writers themselves, and what they consist of
                'remove_features', 'apart_from', 'seal', 'run_arm', 'prepare_latents', 'reference_features', 'report_html', 'starting_tokenizer'} # called by `compare`, `score` and the studies
-    for module in (tokenizers, decoder, latents, training, fidelity, experiments):
+    for module in (files, images, latents, runs, features, report, tokenizers, decoder, training, fidelity, experiments, studies):
         for name in set(module.__all__) - written - set(FOLDERS) - set(FILES):
             thing = getattr(module, name)
             if not inspect.isfunction(thing) or thing.__module__ != module.__name__: continue

@@ -56,7 +56,7 @@ def test_picture_of_the_sphere_is_what_its_script_draws():
 
 def test_the_commit_of_a_result(tmp_path):
     "Of the checkout itself, dirty unless only stored results differ; none for a package that lies in another repository."
-    from spherical_lfm.experiments import _commit
+    from spherical_lfm.engine.report import _commit
     git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *words], check=True, capture_output=True, text=True).stdout.strip()
     (tmp_path/'data'/'results').mkdir(parents=True), (tmp_path/'site').mkdir()
     for name in ('code.py', 'data/results/a.json'): (tmp_path/name).write_text('1')

@@ -9,15 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
-from spherical_lfm import cli
 from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig, reconstruction_metrics
+from spherical_lfm.engine.features import extract_features, feature_function
+from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.weights import DATA
 from spherical_lfm.experiments import PRESETS, prepare_latents, reference_features, run_arm
-from spherical_lfm.fidelity import apportion, differences, extract_features, feature_function, generate, mixture_of, one_side, save_npz, score_features, side_of
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
-from spherical_lfm.paths import SlerpPath
+from spherical_lfm.fidelity import (
+    apportion,
+    differences,
+    generate,
+    mixture_of,
+    one_side,
+    save_npz,
+    score_features,
+    side_of,
+)
+from spherical_lfm.paths import SlerpPath, arm_path
 from spherical_lfm.sampling import load_run, tokenizer_for
 from spherical_lfm.sit import SiT
-from spherical_lfm.tokenizers import DATA, digits_images, load_tokenizer
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import load_tokenizer
+from spherical_lfm.tools import cli
 from spherical_lfm.training import TrainConfig, Trainer
 
 TINY = dict(model='SiT-Ti/4', steps=2, batch_size=8, log_every=1, checkpoint_every=2, warmup=0, flip=False)
@@ -80,7 +93,7 @@ def test_reference_and_latents_of_folders_with_one_name(tmp_path):
 
 
 def test_resume_on_other_latents_is_refused(tmp_path):
-    fit = lambda latents, steps: Trainer(TrainConfig(**TINY | {'steps': steps}), LatentDataset(latents, spherical=True), tmp_path/'run').fit(progress=False)
+    fit = lambda latents, steps: Trainer(TrainConfig(**TINY | {'steps': steps}), LatentDataset(latents, project=project), tmp_path/'run').fit(progress=False)
     fit(encoded(tmp_path/'a'), 2)
     for n, options in enumerate((dict(flip=True), dict(dtype='bf16'), dict(order=torch.arange(358, -1, -1)))):
         with pytest.raises(ValueError, match='cannot resume .*data content: '): fit(encoded(tmp_path/f'other{n}', **options), 4)
@@ -112,7 +125,7 @@ class _Scaled(torch.nn.Module):
 
 
 def test_the_record_of_weights_changes_with_them(tmp_path):
-    data = LatentDataset(encoded(tmp_path/'z'), spherical=True)
+    data = LatentDataset(encoded(tmp_path/'z'), project=project)
     weights = []
     for steps in (2, 4):
         Trainer(TrainConfig(**TINY | {'steps': steps}), data, tmp_path/'run').fit(progress=False)
@@ -127,7 +140,7 @@ def test_samples_are_decoded_by_the_tokenizer_that_was_encoded_with(tmp_path):
     for p in tuned.autoencoder.decoder.parameters(): p.data.mul_(1.02)
     tuned.save_pretrained(tmp_path/'tuned')
     for arm, out in (('spherical-slerp', 'run'), ('vanilla-linear', 'vanilla')):
-        data = LatentDataset(encoded(tmp_path/'z', tmp_path/'tuned'), spherical=arm.startswith('spherical'))
+        data = LatentDataset(encoded(tmp_path/'z', tmp_path/'tuned'), project=arm_path(arm).projection)
         Trainer(TrainConfig(arm=arm, **TINY), data, tmp_path/out).fit(progress=False)
     record = load_run(tmp_path/'run')[2]
     assert tokenizer_for(record).identity == tuned.identity != load_tokenizer('digits', spherical=True).identity
@@ -147,7 +160,7 @@ def test_short_runs_do_not_sample_their_initialisation(tmp_path):
     from spherical_lfm.training import average_decay
     left = np.prod([average_decay(.9999, t) for t in range(600)])
     assert left < 1e-18 and average_decay(.9999, 10**6) == .9999 and average_decay(.5, 0) == .1
-    trainer = Trainer(TrainConfig(**TINY | {'lr': .1}), LatentDataset(encoded(tmp_path/'z'), spherical=True), tmp_path/'run')
+    trainer = Trainer(TrainConfig(**TINY | {'lr': .1}), LatentDataset(encoded(tmp_path/'z'), project=project), tmp_path/'run')
     first = trainer.weights[0].clone()
     trainer.train_step()
     torch.testing.assert_close(trainer.ema[0], .1*first + .9*trainer.weights[0])

@@ -15,10 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from spherical_lfm import tokenizers as tk
-from spherical_lfm.experiments import analyze_tokens
-from spherical_lfm.latents import ImageSource, with_statistics
-from spherical_lfm.sphere import token_norm
-from spherical_lfm.tokenizers import AutoencoderTAEF2, convert_ldm_autoencoder, load_tokenizer, psnr
+from spherical_lfm.concentration import token_norm
+from spherical_lfm.engine import images as images_module
+from spherical_lfm.engine import weights as weights_module
+from spherical_lfm.engine.features import psnr
+from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.weights import AutoencoderTAEF2, convert_ldm_autoencoder
+from spherical_lfm.tokenizers import load_tokenizer, with_statistics
+from spherical_lfm.tools.studies import analyze_tokens
 
 BIN = Path(sys.executable).parent
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
@@ -163,7 +167,7 @@ def ldm_oracle(w):
 @torch.no_grad()
 def test_converted_checkpoint_computes_what_the_original_does():
     state = ldm_state()
-    model = diffusers.AutoencoderKL(**tk.VAVAE_CONFIG).eval()
+    model = diffusers.AutoencoderKL(**weights_module.VAVAE_CONFIG).eval()
     model.load_state_dict(convert_ldm_autoencoder(state))
     encode, decode = ldm_oracle(state)
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))*2 - 1
@@ -283,7 +287,7 @@ def test_batches_are_split_to_fit_and_give_the_same(monkeypatch):
 
 MEMORY = '''
 import torch
-from spherical_lfm.cli import _peak_memory as peak
+from spherical_lfm.tools.cli import _peak_memory as peak
 from spherical_lfm.tokenizers import AutoencoderTAEF2, Tokenizer, _activation_bytes
 t = Tokenizer(AutoencoderTAEF2().requires_grad_(False))
 t.decode(t.encode(torch.zeros(1, 3, 64, 64)))
@@ -363,8 +367,8 @@ def test_parquet_with_names_as_labels_and_files_that_are_not_parquet(tmp_path):
 
 
 def test_one_bad_image_among_many(tmp_path):
-    from spherical_lfm.experiments import analyze_study
-    images, _ = tk.digits_images('train')
+    from spherical_lfm.tools.studies import analyze_study
+    images, _ = images_module.digits_images('train')
     (tmp_path/'many').mkdir()
     for n, x in enumerate(images[:300]): Image.fromarray(((x[0] + 1)*127.5).byte().numpy()).save(tmp_path/'many'/f'{n:03d}.png')
     (tmp_path/'many'/'150.png').write_bytes(b'\x89PNG broken')
@@ -384,7 +388,7 @@ def test_partners_where_one_class_is_alone(zoo, tmp_path):
 # --- streaming ---
 
 def test_memory_does_not_grow_with_the_number_of_images():
-    from spherical_lfm.cli import _peak_of_analysis
+    from spherical_lfm.tools.bench import _peak_of_analysis
     peak = {n: _peak_of_analysis('digits', 'digits', 16, 32, n) for n in (1000, 10_000)}
     assert 200 < peak[10_000] < 1.03*peak[1000], peak
 
@@ -400,7 +404,7 @@ def test_two_processes_see_what_one_sees(tmp_path):
 
 
 def test_streamed_statistics_are_those_of_all_latents_at_once():
-    t, (images, _) = load_tokenizer('digits'), tk.digits_images('train')
+    t, (images, _) = load_tokenizer('digits'), images_module.digits_images('train')
     tokenizer, raw, processed = analyze_tokens(t, ImageSource('digits', 16), 10_000, 'measure', batch_size=100, progress=False)
     with torch.no_grad(): z = t.raw_latents(images).double()
     flow = (z - z.mean((0, 2, 3), keepdim=True))/z.std((0, 2, 3), unbiased=False, keepdim=True)
@@ -423,7 +427,7 @@ def test_taef2_reconstructs_photographs():
 
 @real
 def test_semantic_extractor_knows_photographs():
-    from spherical_lfm.probes import _resized, efficientnet_lite0
+    from spherical_lfm.engine.features import _resized, efficientnet_lite0
     source, net = ImageSource(SHARED/'data'/'imagenet_samples_256.parquet', 256), efficientnet_lite0()
     x, y = next(source.batches(80, source.shuffled(0)))
     assert (net(_resized(x, (.5,)*3, (.5,)*3)).argmax(1) == y).float().mean() > .75
@@ -431,7 +435,8 @@ def test_semantic_extractor_knows_photographs():
 
 def test_dinov2_from_a_local_file(tmp_path):
     import timm
-    from spherical_lfm.probes import feature_distance, semantic_features
+
+    from spherical_lfm.engine.features import feature_distance, semantic_features
     net = random_state(timm.create_model('vit_small_patch14_dinov2', pretrained=False, num_classes=0, img_size=224))
     save_file(net.state_dict(), tmp_path/'dinov2.safetensors')
     features = semantic_features('dinov2', tmp_path/'dinov2.safetensors')

@@ -15,12 +15,15 @@ import two_processes as together
 from forked import SERVER, Command, call
 from safetensors.torch import load_file
 
-from spherical_lfm.fidelity import extract_features, score_features
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
+from spherical_lfm.engine.features import extract_features
+from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.runs import checkpoints, newest_checkpoint
+from spherical_lfm.fidelity import score_features
 from spherical_lfm.sampling import load_run
 from spherical_lfm.sit import SIZES
-from spherical_lfm.tokenizers import digits_images, load_tokenizer
-from spherical_lfm.decoder import checkpoints, newest_checkpoint
+from spherical_lfm.sphere import project
+from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.training import TrainConfig, Trainer, model_flops
 
 BIN = Path(sys.executable).parent
@@ -117,7 +120,7 @@ def test_full_disk_leaves_the_old_checkpoint_usable(latents, tmp_path):
 
 
 def test_changed_settings_and_architecture_are_refused(latents, tmp_path):
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     fit = lambda **k: Trainer(TrainConfig(steps=2, **CONFIG | k), data, tmp_path).fit(progress=False)
     fit()
     for change, words in (({'seed': 1}, 'seed: 0 -> 1'), ({'model': 'SiT-Ti/4'}, 'SiT-Ti/2 -> SiT-Ti/4'), ({'batch_size': 8}, 'batch_size: 16 -> 8')):
@@ -127,7 +130,7 @@ def test_changed_settings_and_architecture_are_refused(latents, tmp_path):
 
 
 def test_damaged_checkpoints_are_passed_over(latents, tmp_path):
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     fit = lambda steps, **k: Trainer(TrainConfig(steps=steps, checkpoint_every=2, **CONFIG), data, tmp_path).fit(progress=False, **k)
     fit(6)
     newest = checkpoints(tmp_path)[-1]/'optimizer.safetensors'
@@ -141,13 +144,13 @@ def test_damaged_checkpoints_are_passed_over(latents, tmp_path):
 
 
 def test_only_the_newest_are_kept(latents, tmp_path):
-    Trainer(TrainConfig(steps=8, checkpoint_every=2, keep=2, **CONFIG), LatentDataset(latents, spherical=True), tmp_path).fit(progress=False)
+    Trainer(TrainConfig(steps=8, checkpoint_every=2, keep=2, **CONFIG), LatentDataset(latents, project=project), tmp_path).fit(progress=False)
     assert [c.name for c in checkpoints(tmp_path)] == ['step-00000006', 'step-00000008']
 
 
 def _worker(latents, out, every):
     torch.set_num_threads(1)
-    Trainer(TrainConfig(steps=100, checkpoint_every=every, keep=3, **CONFIG), LatentDataset(latents, spherical=True), out).fit(progress=False)
+    Trainer(TrainConfig(steps=100, checkpoint_every=every, keep=3, **CONFIG), LatentDataset(latents, project=project), out).fit(progress=False)
 
 
 def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
@@ -179,7 +182,7 @@ def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
 
 
 def test_divergence_names_step_batch_and_checkpoint(latents, tmp_path):
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     with pytest.raises(FloatingPointError, match='lower lr.*none yet'): Trainer(TrainConfig(steps=60, **CONFIG | {'lr': 1e18}), data, tmp_path/'a').fit(progress=False)
     assert not checkpoints(tmp_path/'a')
     trainer = Trainer(TrainConfig(steps=60, **CONFIG | {'log_every': 10, 'checkpoint_every': 5}), data, tmp_path/'b')
@@ -191,14 +194,14 @@ def test_divergence_names_step_batch_and_checkpoint(latents, tmp_path):
 
 
 def test_exhausted_memory_says_which_knob_helps(latents, tmp_path):
-    trainer = Trainer(TrainConfig(steps=3, **CONFIG), LatentDataset(latents, spherical=True), tmp_path)
+    trainer = Trainer(TrainConfig(steps=3, **CONFIG), LatentDataset(latents, project=project), tmp_path)
     trainer.loss_fn = lambda *_: torch.empty(2**55) # a real failure of the allocator
     with pytest.raises(torch.OutOfMemoryError, match='raise accumulate'): trainer.fit(progress=False)
     assert not checkpoints(tmp_path)
 
 
 def test_the_log_says_how_fast_and_how_good(latents, tmp_path):
-    trainer = Trainer(TrainConfig(steps=20, tensorboard=True, **CONFIG | {'log_every': 10, 'batch_size': 64}), LatentDataset(latents, spherical=True), tmp_path)
+    trainer = Trainer(TrainConfig(steps=20, tensorboard=True, **CONFIG | {'log_every': 10, 'batch_size': 64}), LatentDataset(latents, project=project), tmp_path)
     trainer.fit(progress=False)
     row = trainer.log()[-1]
     assert {'loss', 'loss_over_power', 'grad_norm', 'images_per_second', 'tflops', 'mfu', 'data_wait', 'loss_q1', 'loss_q4'} <= set(row)
@@ -208,7 +211,7 @@ def test_the_log_says_how_fast_and_how_good(latents, tmp_path):
 
 
 def test_loss_by_quarter_is_the_loss_split_by_time(latents, tmp_path):
-    trainer = Trainer(TrainConfig(**CONFIG | {'batch_size': 64}), LatentDataset(latents, spherical=True), tmp_path)
+    trainer = Trainer(TrainConfig(**CONFIG | {'batch_size': 64}), LatentDataset(latents, project=project), tmp_path)
     loss, t = trainer.loss_fn(trainer.model, trainer.path, *(draws := trainer.draws(0)))[0].detach(), draws[2]
     found = trainer.figures({k: v.float() for k, v in trainer.train_step().items()})
     for q in range(4): assert found[f'loss_q{q + 1}'] == pytest.approx(loss[(t >= q/4) & (t < (q + 1)/4)].mean().item(), rel=1e-5)
@@ -216,7 +219,7 @@ def test_loss_by_quarter_is_the_loss_split_by_time(latents, tmp_path):
 
 @pytest.mark.parametrize('extra', [dict(coupling='transport'), dict(jacobi=True), dict(project_velocity=False), dict(time_shift=3.), dict(time_sampling='logit-normal'), dict(checkpointing=True), dict(accumulate=4)])
 def test_options_train_and_resume(latents, tmp_path, extra):
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     make = lambda out: Trainer(TrainConfig(steps=8, **CONFIG | extra), data, out)
     whole = make(tmp_path/'whole')
     whole.fit(progress=False)
@@ -238,7 +241,7 @@ def test_settings_that_make_no_sense(wrong, words):
 
 def test_bf16_and_compile_train(latents, tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, 'Ti', (64, 1, 2)) # what is compiled matters here, not how much of it
-    data = LatentDataset(latents, spherical=True)
+    data = LatentDataset(latents, project=project)
     plain = Trainer(TrainConfig(steps=3, **CONFIG), data, tmp_path/'plain')
     plain.fit(progress=False)
     for name, extra in (('bf16', dict(precision='bf16')), ('compiled', dict(compile=True))):
@@ -252,7 +255,7 @@ def test_bf16_and_compile_train(latents, tmp_path, monkeypatch):
 @pytest.mark.parametrize('extra', [{}, dict(precision='bf16'), dict(compile=True), dict(checkpointing=True, accumulate=2)])
 def test_cuda_trains_as_the_cpu_does(latents, tmp_path, extra):
     "The first losses: noise is drawn by another generator there, so they agree as means of many tokens do. Latents move to the GPU."
-    trainer = Trainer(TrainConfig(steps=4, **CONFIG | {'batch_size': 256} | extra), LatentDataset(latents, spherical=True), tmp_path)
+    trainer = Trainer(TrainConfig(steps=4, **CONFIG | {'batch_size': 256} | extra), LatentDataset(latents, project=project), tmp_path)
     assert trainer.device.type == trainer.data.y.device.type == 'cuda'
     trainer.fit(progress=False)
     assert trainer.log()[0]['loss_over_power'] == pytest.approx(1., abs=.02) and trainer.log()[-1]['loss'] < trainer.log()[0]['loss']

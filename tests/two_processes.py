@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.latents import LatentDataset, encode_latents
 from spherical_lfm.fidelity import generate
-from spherical_lfm.latents import ImageSource, LatentDataset, encode_latents
 from spherical_lfm.paths import SlerpPath, arm_path
 from spherical_lfm.sit import SiT
 from spherical_lfm.tokenizers import load_tokenizer
@@ -16,7 +17,7 @@ CONFIG = dict(model='SiT-Ti/2', steps=12, batch_size=16, log_every=1, ema_decay=
 
 def fit(latents: Path, out: Path, arm: str = 'spherical-slerp', until: int | None = None, **more):
     "Train a small run."
-    data = LatentDataset(latents, spherical=arm_path(arm).spherical)
+    data = LatentDataset(latents, project=arm_path(arm).projection)
     return Trainer(TrainConfig(arm=arm, **CONFIG | more), data, out).fit(until=until, progress=False)
 
 
