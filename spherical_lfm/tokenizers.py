@@ -445,53 +445,6 @@ def load_tokenizer(
     _cast(tokenizer, dtype)
     return tokenizer.to(device).requires_grad_(False)
 
-# %% ../nbs/04_tokenizers.ipynb #253929a0
-@torch.no_grad()
-def measure_statistics(
-    tokenizer: Tokenizer,       # whose autoencoder, scale and shift to use
-    batches: Iterable[Tensor],  # images [B, 3, H, W] in [-1, 1]
-    pack: int = 1               # measure channels after packing blocks of this side
-) -> RunningMoments: # one column per channel
-    """Mean and spread per latent channel over a stream of images; `merge` those of several processes.
-
-    Raises `ValueError` if the stream is empty.
-    """
-    moments = None
-    for x in batches:
-        rows = channel_rows(tokenizer, tokenizer.raw_latents(x), pack)
-        moments = (moments or RunningMoments(rows.shape[1])).update(rows)
-    if moments is None: raise ValueError('no images have been seen: there are no statistics')
-    return moments
-
-# %% ../nbs/04_tokenizers.ipynb #cf9dfb5c
-def channel_rows(
-    tokenizer: Tokenizer, # whose scale and shift to use
-    raw: Tensor,          # from `raw_latents` [B, c, h, w]
-    pack: int = 1         # pack blocks of this side first
-) -> Tensor: # [tokens, channels]
-    "Latents as the rows that `RunningMoments` takes: what `measure_statistics` measures."
-    return _plain(tokenizer, pack).to(raw.device)(raw).movedim(1, -1).flatten(0, -2)
-
-def _plain(tokenizer: Tokenizer, pack: int) -> LatentTransform:
-    "A tokenizer's transform without statistics."
-    c = tokenizer.transform.config
-    return LatentTransform(c['scale'], c['shift'], pack)
-
-# %% ../nbs/04_tokenizers.ipynb #4d1f1cee
-def standardise(
-    tokenizer: Tokenizer,     # left as it is
-    moments: RunningMoments,  # from `measure_statistics`
-    pack: int = 1,            # as measured
-    unpack: bool = True       # restore the layout after standardising
-) -> Tokenizer: # shares the autoencoder
-    """The tokenizer with measured statistics: every channel with mean 0 and variance 1.
-
-    Raises `ValueError` for channels that never change.
-    """
-    config = _plain(tokenizer, pack).config | _as_stats(moments) | {'unpack': unpack and pack > 1}
-    standard = Tokenizer(tokenizer.autoencoder, LatentTransform(**config), tokenizer.spherical, tokenizer.name)
-    return standard.to(next(tokenizer.parameters()).device)
-
 # %% ../nbs/04_tokenizers.ipynb #7ec5e281
 def _own_transform(model: Any, packed: bool) -> LatentTransform:
     "The transform that an autoencoder's config and buffers prescribe."
@@ -541,6 +494,53 @@ def _cast(tokenizer: Tokenizer, dtype: torch.dtype):
     if dtype == torch.float32: return
     tokenizer._stored_identity = tokenizer.latent_identity, tokenizer.identity.removesuffix('-spherical')
     tokenizer.autoencoder.to(dtype)
+
+# %% ../nbs/04_tokenizers.ipynb #253929a0
+@torch.no_grad()
+def measure_statistics(
+    tokenizer: Tokenizer,       # whose autoencoder, scale and shift to use
+    batches: Iterable[Tensor],  # images [B, 3, H, W] in [-1, 1]
+    pack: int = 1               # measure channels after packing blocks of this side
+) -> RunningMoments: # one column per channel
+    """Mean and spread per latent channel over a stream of images; `merge` those of several processes.
+
+    Raises `ValueError` if the stream is empty.
+    """
+    moments = None
+    for x in batches:
+        rows = channel_rows(tokenizer, tokenizer.raw_latents(x), pack)
+        moments = (moments or RunningMoments(rows.shape[1])).update(rows)
+    if moments is None: raise ValueError('no images have been seen: there are no statistics')
+    return moments
+
+# %% ../nbs/04_tokenizers.ipynb #cf9dfb5c
+def channel_rows(
+    tokenizer: Tokenizer, # whose scale and shift to use
+    raw: Tensor,          # from `raw_latents` [B, c, h, w]
+    pack: int = 1         # pack blocks of this side first
+) -> Tensor: # [tokens, channels]
+    "Latents as the rows that `RunningMoments` takes: what `measure_statistics` measures."
+    return _plain(tokenizer, pack).to(raw.device)(raw).movedim(1, -1).flatten(0, -2)
+
+def _plain(tokenizer: Tokenizer, pack: int) -> LatentTransform:
+    "A tokenizer's transform without statistics."
+    c = tokenizer.transform.config
+    return LatentTransform(c['scale'], c['shift'], pack)
+
+# %% ../nbs/04_tokenizers.ipynb #4d1f1cee
+def standardise(
+    tokenizer: Tokenizer,     # left as it is
+    moments: RunningMoments,  # from `measure_statistics`
+    pack: int = 1,            # as measured
+    unpack: bool = True       # restore the layout after standardising
+) -> Tokenizer: # shares the autoencoder
+    """The tokenizer with measured statistics: every channel with mean 0 and variance 1.
+
+    Raises `ValueError` for channels that never change.
+    """
+    config = _plain(tokenizer, pack).config | _as_stats(moments) | {'unpack': unpack and pack > 1}
+    standard = Tokenizer(tokenizer.autoencoder, LatentTransform(**config), tokenizer.spherical, tokenizer.name)
+    return standard.to(next(tokenizer.parameters()).device)
 
 # %% ../nbs/04_tokenizers.ipynb #ca0329fa
 def wants_statistics(

@@ -11,6 +11,27 @@ import math
 import torch
 from torch import Tensor
 
+# %% ../../nbs/engine/checks.ipynb #554431ba
+def lift(*tensors):
+    "Tensors in a common dtype of at least float32, and the dtype to hand back."
+    for x in tensors:
+        if not x.is_floating_point():
+            raise TypeError(f'latents must be floating point, got {x.dtype}: call .float() first')
+    out = tensors[0].dtype
+    for x in tensors[1:]:
+        out = torch.promote_types(out, x.dtype)
+    work = torch.promote_types(out, torch.float32)
+    return *(x.to(work) for x in tensors), out
+
+# %% ../../nbs/engine/checks.ipynb #40c6a0f8
+def token_scale(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Largest channel of every token, and which tokens count as zero.
+
+    Below 1e-32 in float32 the gradient R/|z| of the projection would soon overflow.
+    """
+    scale = x.detach().abs().amax(dim, keepdim=True)
+    return scale, scale <= torch.finfo(x.dtype).tiny*2**20
+
 # %% ../../nbs/engine/checks.ipynb #8bb9872e
 def check_tokens(
     z: Tensor,                     # latents [B, d, h, w]
@@ -43,24 +64,3 @@ def check_range(
         if least <= value <= most: continue
         allowed = f'at least {least}' if most == math.inf else f'{least} to {most}'
         raise ValueError(f'{name} must be {allowed}, got {value}')
-
-# %% ../../nbs/engine/checks.ipynb #554431ba
-def lift(*tensors):
-    "Tensors in a common dtype of at least float32, and the dtype to hand back."
-    for x in tensors:
-        if not x.is_floating_point():
-            raise TypeError(f'latents must be floating point, got {x.dtype}: call .float() first')
-    out = tensors[0].dtype
-    for x in tensors[1:]:
-        out = torch.promote_types(out, x.dtype)
-    work = torch.promote_types(out, torch.float32)
-    return *(x.to(work) for x in tensors), out
-
-# %% ../../nbs/engine/checks.ipynb #40c6a0f8
-def token_scale(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Largest channel of every token, and which tokens count as zero.
-
-    Below 1e-32 in float32 the gradient R/|z| of the projection would soon overflow.
-    """
-    scale = x.detach().abs().amax(dim, keepdim=True)
-    return scale, scale <= torch.finfo(x.dtype).tiny*2**20

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from ..engine.images import to_uint8
 from ..paths import FlowPath, arm_path
 from spherical_lfm.sampling import (
-    METHODS, _latent_shape, _step_times, check_classes, check_guidance, guided_velocity, load_run, tokenizer_for,
+    _latent_shape, _step_times, check_classes, check_guidance, guided_velocity, load_run, tokenizer_for,
 )
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer
+from ..solvers import METHODS
 
 # %% ../../nbs/tools/pipeline.ipynb #9c991c81
 @dataclass
