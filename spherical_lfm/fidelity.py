@@ -136,7 +136,8 @@ def _moments(path: str | Path, stored: Any, suffix: str) -> dict:
 def _count(path: str | Path, stored: Any) -> dict:
     "How many images a reference was made from, if it says so."
     if 'count' not in stored.files:
-        warnings.warn(f'{path} does not say how many images it was made from: a Fréchet distance depends on its count')
+        warnings.warn(f'{path} does not say how many images it was made from: a Fréchet distance depends on its count',
+                      stacklevel=2)
         return {}
     count = _array(path, stored, 'count')
     if count.size != 1 or not np.issubdtype(count.dtype, np.number):

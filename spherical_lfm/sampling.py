@@ -238,10 +238,11 @@ def sample(
             z = z.to(device, torch.float32)
             field = partial(flow, y=labels[rows.start:rows.stop].to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
-                for t, z in _walk(field, path, z, times, method, tolerance):
-                    if on_step is not None and method != 'adaptive': on_step(t, z)
+                here = z
+                for t, here in _walk(field, path, z, times, method, tolerance):
+                    if on_step is not None and method != 'adaptive': on_step(t, here)
                     bar.update()
-            done.append(z)
+            done.append(here)
     return torch.cat(done) if done else torch.empty(0, *shape, device=device)
 
 # %% ../nbs/09_sampling.ipynb #e53f5de9

@@ -211,7 +211,8 @@ def matmul_peak(
 def _check_data(config: TrainConfig, path: FlowPath, data: LatentDataset, classes: int):
     "Raise `ValueError` for latents or labels that an arm, or a network with so many classes, cannot take."
     if data.spherical != path.spherical:
-        raise ValueError(f'arm {config.arm} needs LatentDataset(..., project={"sphere.project" if path.spherical else None})')
+        wanted = 'sphere.project' if path.spherical else None
+        raise ValueError(f'arm {config.arm} needs LatentDataset(..., project={wanted})')
     if data.y.min() < 0 or data.classes > classes:
         raise ValueError(f'labels go from {int(data.y.min())} up to {data.classes - 1}, but classes are '
                          f'0 to {classes - 1}: give more classes, or encode other labels')

@@ -267,7 +267,7 @@ def test_the_euler_scheduler_is_sample_step_by_step(arm, shift):
     sample(Table(), path, y, SHAPE, steps=5, shift=shift, classes=NULL, on_step=lambda t, z: passed.append((t, z)))
     scheduler.set_timesteps(5)
     model, z = Table(), initial_noise(path, SHAPE, range(2))
-    for t, (ahead, want) in zip(scheduler.timesteps, passed):
+    for t, (_, want) in zip(scheduler.timesteps, passed):
         z = scheduler.step(model(z, t.expand(2), y), t, z).prev_sample
         torch.testing.assert_close(z, want, atol=1e-6, rtol=1e-6)
     assert len(passed) == 5 == len(scheduler.timesteps) and passed[-1][0] == 1

@@ -373,7 +373,7 @@ def test_a_bug_keeps_its_traceback(place, monkeypatch, capfd):
         'json': lambda *a, **k: json.loads('{'),
         'file': lambda *a, **k: open('/no/such/file').read(),
     }
-    for name, bug in bugs.items():
+    for bug in bugs.values():
         monkeypatch.setattr(cli, 'load_tokenizer', bug)
         with pytest.raises((ValueError, OSError)): cli.slfm_encode(['digits', 'digits', 'new'])
     monkeypatch.undo()

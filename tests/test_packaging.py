@@ -58,7 +58,7 @@ def test_wheel_works_away_from_the_checkout(built, tmp_path):
 
 def test_requirements_bring_what_is_imported():
     "Imports of a module are brought by the requirements, those inside functions by these or by an extra; no notebook or test tool is among the former."
-    if sys.version_info >= (3, 11): import tomllib
+    if sys.version_info >= (3, 11): import tomllib  # noqa: I001
     else: tomllib = pytest.importorskip('tomli')
     project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
     name = lambda requirement: re.match(r'[\w-]+', requirement)[0].replace('-', '_')

@@ -49,7 +49,8 @@ def plot_norms(
     for name, z in latents.items():
         if torch.is_tensor(z):
             d = z.shape[1]
-            ax.hist(z.double().norm(dim=1).flatten().cpu().numpy()/math.sqrt(d), bins=80, density=True, alpha=.5, label=name)
+            norms = z.double().norm(dim=1).flatten().cpu().numpy()/math.sqrt(d)
+            ax.hist(norms, bins=80, density=True, alpha=.5, label=name)
         else:
             d = z.d
             edges, density = z.density()
@@ -168,7 +169,7 @@ def _draw_shell(ax, x, d: int, width: float = 1.5):
     "The density of Gaussian token length / sqrt(d) at `x`, a line of this width; names the axes."
     from scipy.stats import chi
     ax.plot(x, chi.pdf(x*math.sqrt(d), d)*math.sqrt(d), 'k', lw=width, label=f'Gaussian shell, d = {d}')
-    ax.set(xlabel='token length / $\sqrt{d}$', ylabel='density')
+    ax.set(xlabel='token length / $\\sqrt{d}$', ylabel='density')
 
 # %% ../../nbs/engine/plots.ipynb #3cdbdb2b
 def _draw_lengths(ax, raw: dict, processed: dict):

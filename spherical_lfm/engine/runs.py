@@ -127,7 +127,7 @@ def newest_checkpoint(
     found = checkpoints(run)
     for folder in reversed(found):
         if _is_whole(folder): return folder
-        warnings.warn(f'checkpoint {folder} is damaged: going on from the one before')
+        warnings.warn(f'checkpoint {folder} is damaged: going on from the one before', stacklevel=2)
     if found: raise ValueError(f'all checkpoints in {run} are damaged: remove them to start anew')
     return None
 
