@@ -1,7 +1,9 @@
 """Draw the pictures of the first page into nbs/images, from the package's own paths.
 
-sphere.svg: chord and arc on an ordinary sphere, animated. arc.png: token lengths and radial shares along the four arms, on digits.
+sphere.svg: chord and arc on an ordinary sphere, animated. arc.png: token norms and radial shares along the four arms, on digits.
+samples.png: the stored picture of digits on their way from noise.
 """
+import shutil
 from math import cos, pi, sin
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from spherical_lfm.concentration import path_norms, token_norm
 from spherical_lfm.engine.files import atomic_write
 from spherical_lfm.engine.images import digits_images
 from spherical_lfm.engine.plots import plot_path_norms, plot_radial_share
+from spherical_lfm.engine.weights import DATA
 from spherical_lfm.paths import ARMS, LinearPath, SlerpPath
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
@@ -84,3 +87,4 @@ def curves():
 if __name__ == '__main__':
     with atomic_write(IMAGES/'sphere.svg') as f: f.write_text(sphere())
     with atomic_write(IMAGES/'arc.png') as f: curves().savefig(f, format='png', dpi=90)
+    with atomic_write(IMAGES/'samples.png') as f: shutil.copyfile(DATA/'results'/'digits_evolution.png', f)

@@ -72,7 +72,7 @@ def test_efficientnet_features_are_timms():
     torch.testing.assert_close(found['spatial'], middle[:, :10].permute(0, 2, 3, 1).flatten(1), atol=1e-3, rtol=1e-3)
 
 
-def scores(samples, reference, metrics=fidelity.FIGURES, **more):
+def scores(samples, reference, metrics=fidelity.METRICS, **more):
     return fidelity.score_features(samples, reference, metrics=metrics, **more)
 
 

@@ -57,6 +57,10 @@ def test_picture_of_the_sphere_is_what_its_script_draws():
     assert len(kept) == len(drawn) and all(abs(a - b) < .25 for a, b in zip(kept, drawn))
 
 
+def test_generated_digits_on_the_first_page_are_the_stored_ones():
+    assert (ROOT/'nbs'/'images'/'samples.png').read_bytes() == (ROOT/'data'/'results'/'digits_evolution.png').read_bytes()
+
+
 def test_the_commit_of_a_result(tmp_path):
     "Of the checkout itself, dirty unless only stored results differ; none for a package that lies in another repository."
     from spherical_lfm.engine.report import _commit
