@@ -162,7 +162,9 @@ def _npz_batches(path: str | Path, stored: Any, batch_size: int) -> Iterator[Ten
 METRICS = ('fid', 'sfid', 'kid', 'is', 'prc')
 
 # %% ../nbs/11_fidelity.ipynb #60ab0f4e
-def _gaussian(features: Tensor) -> dict: return fid_features_to_statistics(features.double())
+def _gaussian(features: Tensor) -> dict:
+    "Mean and covariance of a cloud of features, in float64."
+    return fid_features_to_statistics(features.double())
 
 def _distance(a: dict, b: dict) -> float:
     "The Fréchet distance of two Gaussians. Raises `ValueError` if they have another number of features."

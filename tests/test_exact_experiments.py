@@ -231,7 +231,7 @@ def test_a_finetuning_study_swaps_decoders_not_tokens(monkeypatch, tmp_path):
         run.mkdir(parents=True, exist_ok=True)
         (run/'log.jsonl').write_text('')
         return blocks(spherical, .9 if spherical else .8, scale=2., shift=.1), []
-    recorder = Recorder(monkeypatch, ex, 'finetune_decoder', finetuned)
+    recorder = Recorder(monkeypatch, studies, 'finetune_decoder', finetuned)
     result = studies.finetune_study(start, images, tmp_path/'out', held_out=images, extractor='none', progress=False)
     assert [c['tokenizer'].spherical for c in recorder.calls] == [True, False]
     whole, projected = F.pixel_unshuffle(images, 2), F.pixel_unshuffle(images, 2)

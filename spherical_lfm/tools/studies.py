@@ -161,7 +161,9 @@ def excursion(
     return off_shell_distance(self.along['linear'].mean, (noise, data))
 
 # %% ../../nbs/tools/studies.ipynb #029d1ba2
-def _rounded(x, digits: int = 6) -> list[float]: return [round(v, digits) for v in x.tolist()]
+def _rounded(x, digits: int = 6) -> list[float]:
+    "Numbers as a result keeps them."
+    return [round(v, digits) for v in x.tolist()]
 
 def _length_summary(s: TokenStatistics) -> dict:
     "Token lengths as numbers, beside those of Gaussian noise."
