@@ -449,8 +449,8 @@ SOLVERS = faults(
 FIDELITY = faults(
     'fidelity',
     ('the distance of the means alone',
-     'def _gaussian(features: Tensor) -> dict: return fid_features_to_statistics(features.double())',
-     'def _gaussian(features: Tensor) -> dict: return (s := fid_features_to_statistics(features.double())) | '
+     '    return fid_features_to_statistics(features.double())',
+     '    return (s := fid_features_to_statistics(features.double())) | '
      "{'sigma': 0*s['sigma']}",
      'the Fréchet distance', 'exact_fidelity::test_the_frechet_distance_of_a_score_is_scipys'),
     ('sFID from the features of FID', "_distance(_gaussian(samples['spatial']), _gaussian_of(reference, 'spatial', '_s'))",

@@ -9,7 +9,6 @@ __all__ = ['ARMS', 'FlowPath', 'LinearPath', 'ShellPath', 'SlerpPath', 'arm_path
 from collections.abc import Callable
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from . import sphere
@@ -18,10 +17,6 @@ from . import sphere
 class FlowPath:
     "What a flow needs to know about its route: `prior`, `interpolate`, `tangent`, `step` (and `transport`). Stateless."
     spherical = False #: whether noise and data lie on the sphere of radius sqrt(d)
-    tangent: Callable[..., Tensor]   #: these are given below
-    step: Callable[..., Tensor]
-    transport: Callable[..., Tensor]
-    dexp_inverse: Callable[..., Tensor]
 
     def prior(self,
         shape: tuple,                             # [B, d, h, w]
@@ -41,53 +36,43 @@ class FlowPath:
         "Position and target velocity at time `t`. Every path writes its own; here it raises `NotImplementedError`."
         raise NotImplementedError
 
+    def tangent(self,
+        z: Tensor, # positions
+        v: Tensor  # velocities, same shape
+    ) -> Tensor: # the part of `v` that counts
+        "Everything counts in flat space."
+        return v
+
+    def step(self,
+        z: Tensor, # positions
+        v: Tensor, # velocities
+        dt: float  # time step
+    ) -> Tensor: # next positions
+        "A straight step z + dt v."
+        return z + dt*v
+
+    def transport(self,
+        z: Tensor, # where `v` lives
+        w: Tensor, # where it is wanted
+        v: Tensor  # velocities at `z`
+    ) -> Tensor: # velocities at `w`
+        "A velocity means the same everywhere in flat space."
+        return v
+
+    def dexp_inverse(self,
+        z: Tensor, # where a walk began
+        u: Tensor, # the walk: a velocity times a time
+        v: Tensor  # velocities where it ended
+    ) -> Tensor: # how `u` must change to follow `v`
+        "A velocity means the same everywhere in flat space."
+        return v
+
     @property
     def projection(self) -> Callable | None:
         "What puts data where the path ends: `sphere.project`, or None where data stays as it is."
         return sphere.project if self.spherical else None
 
     def __repr__(self): return f'{type(self).__name__}({"spherical=True" if self.spherical else ""})'
-
-# %% ../nbs/03_paths.ipynb #9ec3c353
-@patch
-def tangent(
-    self: FlowPath,
-    z: Tensor, # positions
-    v: Tensor  # velocities, same shape
-) -> Tensor: # the part of `v` that counts
-    "Everything counts in flat space."
-    return v
-
-@patch
-def step(
-    self: FlowPath,
-    z: Tensor, # positions
-    v: Tensor, # velocities
-    dt: float  # time step
-) -> Tensor: # next positions
-    "A straight step z + dt v."
-    return z + dt*v
-
-# %% ../nbs/03_paths.ipynb #e8065a05
-@patch
-def transport(
-    self: FlowPath,
-    z: Tensor, # where `v` lives
-    w: Tensor, # where it is wanted
-    v: Tensor  # velocities at `z`
-) -> Tensor: # velocities at `w`
-    "A velocity means the same everywhere in flat space."
-    return v
-
-@patch
-def dexp_inverse(
-    self: FlowPath,
-    z: Tensor, # where a walk began
-    u: Tensor, # the walk: a velocity times a time
-    v: Tensor  # velocities where it ended
-) -> Tensor: # how `u` must change to follow `v`
-    "A velocity means the same everywhere in flat space."
-    return v
 
 # %% ../nbs/03_paths.ipynb #7306d657
 def _endpoints(z0: Tensor, z1: Tensor, t: Tensor) -> Tensor:
@@ -148,53 +133,40 @@ class SlerpPath(FlowPath):
         _endpoints(z0, z1, t)
         return sphere.geodesic(z0, z1, t)
 
+    def tangent(self,
+        z: Tensor, # positions
+        v: Tensor  # velocities, same shape
+    ) -> Tensor: # Pi_z(v)
+        "Part of `v` orthogonal to `z` (all of it without `project_velocity`)."
+        return sphere.tangent(z, v) if self.project_velocity else v
+
+    def step(self,
+        z: Tensor, # positions
+        v: Tensor, # velocities, projected to the tangent space first
+        dt: float  # time step
+    ) -> Tensor: # next positions, of the same token lengths
+        "exp_z(dt Pi_z(v)), rescaled to the length of `z` so that rounding does not add up over steps; without `exponential` P(z + dt v)."
+        moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
+        return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
+
+    def transport(self,
+        z: Tensor, # where `v` lives
+        w: Tensor, # where it is wanted
+        v: Tensor  # velocities at `z`
+    ) -> Tensor: # velocities at `w`, of the same lengths
+        "Parallel transport along the arc from `z` to `w`."
+        return sphere.transport(z, w, sphere.tangent(z, v))
+
+    def dexp_inverse(self,
+        z: Tensor, # where a walk began
+        u: Tensor, # the walk, tangent at `z`
+        v: Tensor  # velocities at exp_z(u)
+    ) -> Tensor: # how `u` must change to follow `v`
+        "Inverse differential of the exponential map at `u`."
+        u = sphere.tangent(z, u)
+        return sphere.dexp_inverse(z, u, sphere.tangent(sphere.exp_map(z, u), v))
+
     def __repr__(self): return f'SlerpPath(project_velocity={self.project_velocity}, exponential={self.exponential})'
-
-# %% ../nbs/03_paths.ipynb #4d322128
-@patch  # type: ignore[no-redef]
-def tangent(
-    self: SlerpPath,
-    z: Tensor, # positions
-    v: Tensor  # velocities, same shape
-) -> Tensor: # Pi_z(v)
-    "Part of `v` orthogonal to `z` (all of it without `project_velocity`)."
-    return sphere.tangent(z, v) if self.project_velocity else v
-
-@patch  # type: ignore[no-redef]
-def step(
-    self: SlerpPath,
-    z: Tensor, # positions
-    v: Tensor, # velocities, projected to the tangent space first
-    dt: float  # time step
-) -> Tensor: # next positions, of the same token lengths
-    """exp_z(dt Pi_z(v)), or P(z + dt v) without `exponential`.
-
-    Rescaled to the length of `z`, so that rounding does not add up over steps.
-    """
-    moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
-    return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
-
-# %% ../nbs/03_paths.ipynb #72f49bc3
-@patch  # type: ignore[no-redef]
-def transport(
-    self: SlerpPath,
-    z: Tensor, # where `v` lives
-    w: Tensor, # where it is wanted
-    v: Tensor  # velocities at `z`
-) -> Tensor: # velocities at `w`, of the same lengths
-    "Parallel transport along the arc from `z` to `w`."
-    return sphere.transport(z, w, sphere.tangent(z, v))
-
-@patch  # type: ignore[no-redef]
-def dexp_inverse(
-    self: SlerpPath,
-    z: Tensor, # where a walk began
-    u: Tensor, # the walk, tangent at `z`
-    v: Tensor  # velocities at exp_z(u)
-) -> Tensor: # how `u` must change to follow `v`
-    "Inverse differential of the exponential map at `u`."
-    u = sphere.tangent(z, u)
-    return sphere.dexp_inverse(z, u, sphere.tangent(sphere.exp_map(z, u), v))
 
 # %% ../nbs/03_paths.ipynb #562d6672
 #: The four arms of a matched comparison -> their path.

@@ -288,7 +288,8 @@ def test_batches_are_split_to_fit_and_give_the_same(monkeypatch):
 MEMORY = '''
 import torch
 from spherical_lfm.tools.bench import _peak_memory as peak
-from spherical_lfm.tokenizers import AutoencoderTAEF2, Tokenizer, _activation_bytes
+from spherical_lfm.engine.weights import AutoencoderTAEF2
+from spherical_lfm.tokenizers import Tokenizer, _activation_bytes
 t = Tokenizer(AutoencoderTAEF2().requires_grad_(False))
 t.decode(t.encode(torch.zeros(1, 3, 64, 64)))
 before = peak()
