@@ -145,7 +145,10 @@ class SlerpPath(FlowPath):
         v: Tensor, # velocities, projected to the tangent space first
         dt: float  # time step
     ) -> Tensor: # next positions, of the same token lengths
-        "exp_z(dt Pi_z(v)), rescaled to the length of `z` so that rounding does not add up over steps; without `exponential` P(z + dt v)."
+        """exp_z(dt Pi_z(v)), or P(z + dt v) without `exponential`.
+
+        Rescaled to the length of `z`, so that rounding does not add up over steps.
+        """
         moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
         return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
 
