@@ -144,12 +144,7 @@ def commits(found):
     for inner in found: yield from commits(inner)
 
 
-# Long runs that have not been repeated since: whoever makes one anew takes it off this list, which the test insists on.
-NOT_YET_MADE_ANEW = ('probe_cifar10',)
-
-
-@pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.xfail(strict=True, reason='from a changed tree')) if p.stem in NOT_YET_MADE_ANEW else p for p in RESULTS],
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', RESULTS, ids=lambda p: p.stem)
 def test_stored_results_are_of_a_commit_that_can_be_checked_out(path):
     dirty = {c for c in commits(json.loads(path.read_text())) if c.endswith('-dirty')}
     assert not dirty, f'{path.name} was made from a changed tree ({", ".join(dirty)}): make it anew from a clean one'
