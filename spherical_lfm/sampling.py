@@ -124,9 +124,9 @@ def solver(
     name: str # such as 'euler' or 'rk4'
 ) -> Solver:
     "A solver of fixed steps by name. Raises `ValueError` for an unknown one."
-    if name not in METHODS: _higher_order()
-    if name in METHODS: return METHODS[name]
-    raise ValueError(f'unknown method {name!r}: choose one of {", ".join(METHODS)}, adaptive')
+    known = METHODS if name in METHODS else _higher_order().METHODS
+    if name in known: return known[name]
+    raise ValueError(f'unknown method {name!r}: choose one of {", ".join(known)}, adaptive')
 
 def _higher_order():
     "The module of chapter 10, which builds on this one."

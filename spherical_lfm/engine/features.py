@@ -6,8 +6,8 @@
 __all__ = ['DISTANCES', 'EXTRACTORS', 'pixel_distance', 'lpips_distance', 'feature_distance', 'efficientnet_lite0',
            'semantic_features', 'efficientnet_distance', 'get_distances', 'DigitFeatures', 'train_digit_features',
            'load_digit_features', 'DigitExtractor', 'EfficientNetExtractor', 'InceptionExtractor', 'Extractor',
-           'feature_function', 'all_parts', 'extract_features', 'psnr', 'bootstrap_interval', 'frechet_distance',
-           'ssim', 'distance_key', 'distance_title', 'distance_of', 'reconstruction_features']
+           'feature_function', 'all_parts', 'extract_features', 'psnr', 'ssim', 'bootstrap_interval',
+           'frechet_distance', 'distance_key', 'distance_title', 'distance_of', 'reconstruction_features']
 
 # %% ../../nbs/engine/features.ipynb #0584b32c
 import importlib.resources
@@ -419,6 +419,25 @@ def psnr(
     "Peak signal-to-noise ratio per image, 10 log10(4/MSE), of images in [-1, 1]."
     return 10*torch.log10(4/(a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean((1, 2, 3)).clamp_min(1e-12))
 
+# %% ../../nbs/engine/features.ipynb #cd99c512
+def ssim(
+    a: Tensor,           # images [B, C, H, W] in [-1, 1], sides at least `window`
+    b: Tensor,           # same shape
+    window: int = 11,    # side of the Gaussian window
+    sigma: float = 1.5   # its width in pixels
+) -> Tensor: # [B], in [-1, 1]
+    "Structural similarity (Wang et al. 2004), mean over pixels and channels, K = (0.01, 0.03)."
+    a, b = a.clamp(-1, 1)/2 + .5, b.clamp(-1, 1)/2 + .5
+    x = torch.arange(window, device=a.device) - window//2
+    g = (-(x**2)/(2*sigma**2)).exp()
+    kernel = (g[:, None]*g/g.sum()**2).expand(a.shape[1], 1, -1, -1).to(a)
+    def blur(y: Tensor) -> Tensor:
+        return F.conv2d(y, kernel, groups=a.shape[1])
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a*a) - ma**2, blur(b*b) - mb**2, blur(a*b) - ma*mb
+    s = (2*ma*mb + .01**2)*(2*cov + .03**2)/((ma**2 + mb**2 + .01**2)*(va + vb + .03**2))
+    return s.mean((1, 2, 3))
+
 # %% ../../nbs/engine/features.ipynb #196df378
 def bootstrap_interval(
     values: Tensor,               # one number per image [N], or [N, k] for k paired numbers
@@ -457,25 +476,6 @@ def _check_features(a: Tensor, b: Tensor):
         raise ValueError(f'features must be [N, f] and [M, f], got {tuple(a.shape)} and {tuple(b.shape)}')
     if min(len(a), len(b)) < 2: raise ValueError('a covariance needs at least 2 samples on each side')
     if not (a.isfinite().all() and b.isfinite().all()): raise ValueError('features contain NaN or Inf')
-
-# %% ../../nbs/engine/features.ipynb #cd99c512
-def ssim(
-    a: Tensor,           # images [B, C, H, W] in [-1, 1], sides at least `window`
-    b: Tensor,           # same shape
-    window: int = 11,    # side of the Gaussian window
-    sigma: float = 1.5   # its width in pixels
-) -> Tensor: # [B], in [-1, 1]
-    "Structural similarity (Wang et al. 2004), mean over pixels and channels, K = (0.01, 0.03)."
-    a, b = a.clamp(-1, 1)/2 + .5, b.clamp(-1, 1)/2 + .5
-    x = torch.arange(window, device=a.device) - window//2
-    g = (-(x**2)/(2*sigma**2)).exp()
-    kernel = (g[:, None]*g/g.sum()**2).expand(a.shape[1], 1, -1, -1).to(a)
-    def blur(y: Tensor) -> Tensor:
-        return F.conv2d(y, kernel, groups=a.shape[1])
-    ma, mb = blur(a), blur(b)
-    va, vb, cov = blur(a*a) - ma**2, blur(b*b) - mb**2, blur(a*b) - ma*mb
-    s = (2*ma*mb + .01**2)*(2*cov + .03**2)/((ma**2 + mb**2 + .01**2)*(va + vb + .03**2))
-    return s.mean((1, 2, 3))
 
 # %% ../../nbs/engine/features.ipynb #347a785d
 def distance_key(
