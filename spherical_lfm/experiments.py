@@ -29,7 +29,7 @@ from .engine.files import atomic_write, claim, digest_of, read_json, write_json
 from .engine.images import ImageSource, apart_from, save_grid, show_images
 from .engine.latents import LatentDataset, encode_latents
 from .engine.plots import plot_distance_curves, plot_norms, plot_path_norms, plot_radial_share, plot_swaps
-from .engine.processes import processes
+from .engine.processes import default_device, processes
 from .engine.report import environment
 from .engine.runs import checkpoints
 from .concentration import norm_stats, path_norms
@@ -210,7 +210,7 @@ def _class_mixture(labels: Tensor, count: int) -> Tensor:
 # %% ../nbs/12_experiments.ipynb #5e7e145b
 def _load_for_sampling(run: Path, step: int, arm: str, exponential: bool) -> tuple:
     "Model, path and record of a checkpoint, the path with or without exponential map."
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = default_device()
     model, path, record = load_run(run, step, device)
     if not exponential: path = arm_path(arm, record['config'].get('project_velocity', True), False)
     return model, path, record
@@ -219,7 +219,7 @@ def _load_for_sampling(run: Path, step: int, arm: str, exponential: bool) -> tup
 def _sample_decoder(run: Path, record: dict, preset: Preset, decoder: str, spherical: bool) -> Tokenizer:
     "The tokenizer that decodes a run's samples; the spherical decoder projects whatever it gets."
     spherical = spherical or decoder != decoder_name(preset, 'vanilla-linear')
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = default_device()
     tokenizer = load_tokenizer(decoder, spherical=spherical, device=device)
     if tokenizer.latent_identity != record['data']['tokenizer']['latent_identity']:
         raise ValueError(f'tokenizer {tokenizer.name} does not share the latents of {run}')
@@ -248,7 +248,7 @@ def _sampler_protocol(preset: Preset, decoder: str, exponential: bool, guidance:
 # %% ../nbs/12_experiments.ipynb #e9e0701e
 def _autocast(precision: str):
     "Autocast to bfloat16 where that is the precision asked for."
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = default_device()
     return torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16')
 
 # %% ../nbs/12_experiments.ipynb #eb5a8c49
@@ -401,7 +401,7 @@ def run_arm(
 @torch.no_grad()
 def _overview(preset: Preset, arm: str, run: Path, step: int, labels: Tensor, seed: int):
     "Forty samples in classes of the training images, as samples.png; the strongest guidance of the preset."
-    model, path, record = load_run(run, step, 'cuda' if torch.cuda.is_available() else 'cpu')
+    model, path, record = load_run(run, step, default_device())
     device = next(model.parameters()).device
     tokenizer = load_tokenizer(decoder_name(preset, arm), spherical=path.spherical, device=device)
     z = sample(model, path, labels[:40], steps=preset.sample_steps, method=preset.method,
@@ -419,7 +419,7 @@ def prepare_latents(
 
     Raises `ValueError` for a tokenizer without statistics.
     """
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = default_device()
     tokenizer = load_tokenizer(preset.tokenizer, spherical=False, device=device)
     if wants_statistics(tokenizer):
         raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: '

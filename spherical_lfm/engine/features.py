@@ -32,6 +32,7 @@ from torch_fidelity.utils import create_feature_extractor
 from tqdm.auto import tqdm
 
 from .images import digits_images, to_uint8
+from .processes import default_device
 from .weights import DATA, cached_weights, hub_advice, hub_file
 
 # %% ../../nbs/engine/features.ipynb #0aaa000e
@@ -382,7 +383,7 @@ def feature_function(
 
     Raises `ConnectionError` if weights cannot be had, `ValueError` if they are damaged or for images of a wrong size.
     """
-    net, device = _network(extractor, parts), 'cuda' if torch.cuda.is_available() else 'cpu'
+    net, device = _network(extractor, parts), default_device()
     def extract(images: Tensor):
         _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)

@@ -50,7 +50,7 @@ def _vanilla(tokenizer: Any):
 # %% ../../nbs/engine/latents.ipynb #d0917ed1
 @torch.no_grad()
 def _encode(
-    tokenizer: Any, # on its device
+    tokenizer: Any,       # on its device
     rows: Iterator,       # images and labels
     flip: bool,           # encode mirrored images as well
     batch_size: int,      # images per encoder call
@@ -124,7 +124,7 @@ def _write_shard(name: Path, tensors: dict, skipped: list):
 
 # %% ../../nbs/engine/latents.ipynb #fcf927ec
 def _write_shards(
-    tokenizer: Any,   # does the work
+    tokenizer: Any,         # does the work
     source: ImageSource,    # where images come from
     numbers: Tensor | None, # which ones
     stem: Path,             # how the names of files begin
@@ -220,7 +220,7 @@ def _finish_for_all(out: Path, stem: str, plan: dict, source: ImageSource, expec
 
 # %% ../../nbs/engine/latents.ipynb #84cd734d
 def encode_latents(
-    tokenizer: Any,         # its device does the work; projection is left to the reader
+    tokenizer: Any,               # its device does the work; projection is left to the reader
     source: ImageSource,          # where images come from
     out: str | Path,              # folder to make
     flip: bool = True,            # encode mirrored images as well (not for digits or letters)
