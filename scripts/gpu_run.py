@@ -10,15 +10,16 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from spherical_lfm.engine.files import claim_file, write_json
 from spherical_lfm.engine.report import environment
-from spherical_lfm.experiments import PRESETS, Preset, compare
+from spherical_lfm.experiments import PRESETS, compare
 from spherical_lfm.paths import ARMS
+from spherical_lfm.sampling import Sampler
 from spherical_lfm.tools.cli import slfm_bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,7 @@ def bench(args):
 def digits(args):
     "The four arms on digits."
     preset = PRESETS['digits']
-    if args.rehearse: preset = Preset(**asdict(preset) | dict(train=preset.train | dict(steps=4, checkpoint_every=4, log_every=2), samples=32, curve_samples=16, sample_steps=2))
+    if args.rehearse: preset = replace(preset, train=preset.train | dict(steps=4, checkpoint_every=4, log_every=2), samples=32, curve_samples=16, sampler=Sampler(2))
     with tempfile.TemporaryDirectory() as tmp: store(args.out/'gpu_digits.json', compare(preset, tuple(ARMS), tmp))
 
 

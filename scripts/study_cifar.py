@@ -24,8 +24,10 @@ from spherical_lfm.engine.features import all_parts, extract_features
 from spherical_lfm.engine.files import atomic_write, claim_file, write_json
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import LatentDataset
+from spherical_lfm.engine.processes import default_device
 from spherical_lfm.engine.report import environment
 from spherical_lfm.experiments import (
+    class_mixture,
     comparison_table,
     decoder_name,
     get_preset,
@@ -36,7 +38,8 @@ from spherical_lfm.experiments import (
     steps_to_reach,
 )
 from spherical_lfm.fidelity import score_features
-from spherical_lfm.paths import ARMS
+from spherical_lfm.paths import ARMS, arm_path
+from spherical_lfm.sampling import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = 'spherical-slerp without projection'
@@ -50,7 +53,7 @@ def setting(args):
     if args.scale != 1:
         train = preset.train | dict(steps=3*scaled(preset.train['steps']//3), checkpoint_every=scaled(preset.train['steps']//3), log_every=1)
         few = max(20, scaled(preset.samples))
-        preset = replace(preset, train=train, samples=few, curve_samples=few, reference_count=max(40, scaled(preset.reference_count or 50_000)), sample_steps=max(2, scaled(preset.sample_steps)))
+        preset = replace(preset, train=train, samples=few, curve_samples=few, reference_count=max(40, scaled(preset.reference_count or 50_000)), sampler=replace(preset.sampler, steps=max(2, scaled(preset.sampler.steps))))
     images = args.material/'cifar10_train.parquet'
     if args.scale != 1:
         table, images = pq.read_table(images), args.runs/images.name
@@ -90,16 +93,21 @@ def job(args, name: str):
     arm, seed = what[0], int(what[1])
     base, run = 'spherical-slerp' if arm == RAW else arm, folder(args, arm, seed)
     steps = preset.train['steps']
-    measure = lambda preset=preset, count=preset.curve_samples, **more: score(run, steps, preset, base, reference, labels, count, preset.guidances[0], seed, ('fid', 'kid'), **more)
+    quick = replace(preset, metrics=('fid', 'kid'))
+    sampler = replace(preset.sampler, guidance=preset.guidances[0], seed=seed)
     if kind == 'train':
         if arm == RAW: preset = replace(preset, train=preset.train | {'project_velocity': False})
         result = run_arm(preset, base, latents, reference, run, seed, curve=seed == 0 and arm != RAW or arm in ('vanilla-linear', 'spherical-slerp')) | {'arm': arm, 'seed': seed}
     elif kind == 'sweep':
         n, exponential = int(what[2]), what[3] == 'exponential'
-        result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **measure(replace(preset, sample_steps=n), preset.curve_samples//2, exponential=exponential)}
+        drawn = load_run(run, steps, default_device())
+        if not exponential: drawn = drawn._replace(path=arm_path(base, drawn.record['config']['project_velocity'], exponential=False))
+        found = score(run, drawn, quick, reference, class_mixture(labels, preset.curve_samples//2), replace(sampler, steps=n))
+        result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **found}
     elif kind == 'swap':
         other = decoder_name(preset, 'vanilla-linear' if ARMS[base].spherical else 'spherical-slerp')
-        result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, **measure(decoder=other)}
+        found = score(run, load_run(run, steps, default_device()), quick, reference, class_mixture(labels, preset.curve_samples), sampler, other)
+        result = {'arm': arm, 'seed': seed, 'decoder': Path(other).parent.name, **found}
     write_json(store, result | {'commit': environment()['commit']})
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'save_reference', 'load_reference', 'npz_batches', 'is_npz', 'score_features', 'protocol_of', 'differences',
-           'apportion', 'mixture_of', 'evaluate', 'generate', 'remove_features']
+           'apportion', 'mixture_of', 'evaluate', 'Pieces', 'generate', 'remove_features']
 
 # %% ../nbs/11_fidelity.ipynb #466f7f58
 import hashlib
@@ -13,6 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ from spherical_lfm.engine.files import (
 )
 from .engine.images import ImageSource, open_image, open_source, to_uint8
 from .engine.processes import processes
-from .paths import FlowPath
-from .sampling import sample
+from .sampling import LoadedRun, Sampler, initial_noise, latent_shape, sample
 from .tokenizers import Tokenizer
 
 # %% ../nbs/11_fidelity.ipynb #10db859b
@@ -380,53 +380,65 @@ def _decode_and_extract(z: Tensor, tokenizer: Tokenizer, extract: Callable, part
         held.append((found if len(parts) > 1 else {parts[0]: found}) | ({'images': x.cpu()} if images else {}))
     return {k: torch.cat([h[k] for h in held]) for k in held[0]}
 
+# %% ../nbs/11_fidelity.ipynb #cf87fcbb
+def _draw_numbered(run: LoadedRun, sampler: Sampler, batch_size: int, y: Tensor, numbers: range) -> Tensor:
+    "Latents of these numbers in the sampler's endless sequence."
+    noise = initial_noise(run.path, latent_shape(run.model), numbers, sampler.seed)
+    return sample(run.model, run.path, y, sampler, noise, batch_size)
+
 # %% ../nbs/11_fidelity.ipynb #a6c95dad
 def _make_shard(file: Path, y: Tensor, first: int, draw: Callable, describe: Callable, folder: Path, save: str):
     "Draw, decode, extract and write the samples from number `first`, unless the shard is there."
     if file.exists(): return
-    found = describe(draw(y, first=first))
+    found = describe(draw(y, range(first, first + len(y))))
     if save != 'none': _keep(found.pop('images'), y, first, folder, save)
     with atomic_write(file) as tmp:
         save_file(found | {'y': y}, tmp)
 
+# %% ../nbs/11_fidelity.ipynb #437cc817
+@dataclass(frozen=True)
+class Pieces:
+    "How generation is cut and shown; nothing of it changes a sample."
+    shard: int = 1000      # samples per file of features
+    batch_size: int = 250  # samples at a time
+    decode_size: int = 64  # images decoded at a time
+    progress: bool = True  # show a progress bar
+
+    def __post_init__(self):
+        check_range(1, shard=self.shard, batch_size=self.batch_size, decode_size=self.decode_size)
+
 # %% ../nbs/11_fidelity.ipynb #db6800e5
 def generate(
-    out: str | Path,          # folder for shards of features; what is there and fits is kept
-    model: torch.nn.Module,   # velocity model
-    path: FlowPath,           # its path
-    tokenizer: Tokenizer,     # decodes
-    labels: Tensor,           # class of every sample [N]
-    extractor: str,           # a key of `EXTRACTORS`
-    seed: int = 0,            # of the noise
-    identity: str = '',       # what else the features depend on, such as the checkpoint; others' shards are removed
-    save: str = 'none',       # 'png' or 'npz' keep the images as well
-    shard: int = 1000,        # samples per shard
-    batch_size: int = 250,    # samples at a time
-    decode_size: int = 64,    # images decoded at a time
-    progress: bool = True,    # show a progress bar
-    **options                 # of `sample`: steps, method, guidance, interval, ...
+    out: str | Path,              # folder for shards of features; what is there and fits is kept
+    run: LoadedRun,               # model, path, and a record whose 'weights' tell models apart
+    tokenizer: Tokenizer,         # decodes
+    labels: Tensor,               # class of every sample [N]
+    extractor: str,               # a key of `EXTRACTORS`
+    sampler: Sampler = Sampler(), # steps, solver, guidance, seed
+    save: str = 'none',           # 'png' or 'npz' keep the images as well
+    pieces: Pieces = Pieces()     # shards, batches, progress bar
 ) -> dict: # parts of the extractor -> [N, f], and 'y' [N]; whole on every process
     "Sample, decode and extract features, on every process a share. Raises `ValueError` for an unknown way to save."
     if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
-    check_range(1, shard=shard, batch_size=batch_size, decode_size=decode_size)
-    sample(model, path, labels[:0], **options) # none at all: refuses what cannot be, before anything is written
+    sample(run.model, run.path, labels[:0], sampler) # none: refuses what cannot be, before anything is written
     plan = dict(count=len(labels), labels=hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
-                extractor=extractor, seed=seed, identity=identity, decoder=tokenizer.identity, path=repr(path),
-                save=save, shard=shard) | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+                extractor=extractor, identity=run.record['weights'], decoder=tokenizer.identity, path=repr(run.path),
+                save=save, shard=pieces.shard, sampler=json.loads(json.dumps(asdict(sampler))))
     parts = all_parts(extractor)
-    draw = partial(sample, model, path, seed=seed, batch_size=batch_size, **options)
+    draw = partial(_draw_numbered, run, sampler, pieces.batch_size)
     describe = partial(_decode_and_extract, tokenizer=tokenizer, extract=feature_function(extractor, parts),
-                       parts=parts, size=decode_size, images=save != 'none')
+                       parts=parts, size=pieces.decode_size, images=save != 'none')
     out = claim(out, 'features')
     with locked(out):
         stem = _begin_features(out, plan)
-        files = [out/f'features-{stem}-{k:05d}.safetensors' for k in range(-(-len(labels)//shard))]
+        files = [out/f'features-{stem}-{k:05d}.safetensors' for k in range(-(-len(labels)//pieces.shard))]
         state, folder = processes(), out/f'images-{stem}'
-        mine = {k: labels[k*shard:(k + 1)*shard] for k in range(state.process_index, len(files), state.num_processes)}
+        mine = {k: labels[k*pieces.shard:(k + 1)*pieces.shard]
+                for k in range(state.process_index, len(files), state.num_processes)}
         with tqdm(total=sum(map(len, mine.values())), desc='sampling and extracting', unit='image',
-                  disable=not (progress and state.is_main_process)) as bar:
+                  disable=not (pieces.progress and state.is_main_process)) as bar:
             for k, y in mine.items():
-                _make_shard(files[k], y, k*shard, draw, describe, folder, save)
+                _make_shard(files[k], y, k*pieces.shard, draw, describe, folder, save)
                 bar.update(len(y))
         state.wait_for_everyone()
         shards = [load_file(f) for f in files]

@@ -9,6 +9,7 @@ from exact import Recorder
 
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.sampling import Sampler, load_run, sample
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli
@@ -74,30 +75,24 @@ def test_options_of_sampling(place, monkeypatch, tmp_path):
                    tolerance=.3, precision='bf16', step=1, seed=8)
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
-    assert {k: given[k] for k in ('steps', 'method', 'guidance', 'interval', 'negative', 'shift', 'tolerance',
-                                  'precision', 'seed')} == dict(
-        steps=6, method='adams2', guidance=2.5, interval=(.2, .6), negative=3, shift=2., tolerance=.3, precision='bf16',
-        seed=8)
+    assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8)
     assert len(given['labels']) == 13 and sorted(given['labels'].bincount(minlength=10).tolist()) == [1]*7 + [2]*3
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), '--count', '4', '--label', '6'])
     given = recorder.calls[1]
     assert given['labels'].tolist() == [6]*4
-    assert given['negative'] is None
-    assert given['guidance'] == 1
-    assert given['interval'] == (0, 1)
+    assert given['sampler'] == Sampler(50, 'euler', 1., (0., 1.), None, 1., 1e-2, 'float32', 0)
 
 
 def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
     from torchvision.io import read_image
 
     from spherical_lfm.engine.images import to_uint8
-    from spherical_lfm.sampling import load_run, sample
     cli.slfm_sample([place.run, str(tmp_path/'out'), '--count', '12', '--steps', '3', '--seed', '5', '--step', '1'])
     files = sorted((tmp_path/'out').rglob('*.png'), key=lambda f: f.stem)
     model, path, _ = load_run(place.run, 1)
     y = torch.tensor([int(f.parent.name) for f in files])
     with torch.no_grad():
-        want = to_uint8(load_tokenizer('digits', spherical=True).decode(sample(model, path, y, steps=3, seed=5)))
+        want = to_uint8(load_tokenizer('digits', spherical=True).decode(sample(model, path, y, Sampler(3, seed=5))))
     assert len(files) == 12
     for f, x in zip(files, want): assert (read_image(str(f)).int() - x.int()).abs().max() <= 1
     cli.slfm_sample([place.run, str(tmp_path/'all'), *'--count 12 --steps 3 --seed 5 --step 1 --npz'.split()])
@@ -108,12 +103,13 @@ def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
 
 def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'generate', stop)
-    options = dict(count=23, steps=6, method='heun', guidance=2.5, precision='bf16', step=1, save='png', seed=8)
+    options = dict(count=23, steps=6, method='adams2', guidance=2.5, guide_from=.2, guide_to=.6, negative=3, shift=2.,
+                   tolerance=.3, precision='bf16', step=1, save='png', seed=8)
     with pytest.raises(Stop):
         cli.slfm_evaluate([place.run, 'digits', '--extractor', 'digits', '--size', '16', *words(options)])
     given = recorder.calls[0]
-    assert {k: given[k] for k in ('steps', 'method', 'guidance', 'precision', 'save', 'seed', 'extractor')} == dict(
-        steps=6, method='heun', guidance=2.5, precision='bf16', save='png', seed=8, extractor='digits')
+    assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8)
+    assert (given['save'], given['extractor'], given['run'].record['step']) == ('png', 'digits', 1)
     assert len(given['labels']) == 23
     assert given['tokenizer'].identity == load_tokenizer('digits', spherical=True).identity
 

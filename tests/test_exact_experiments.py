@@ -15,8 +15,8 @@ from spherical_lfm.concentration import norm_stats, path_norms, radial_share
 from spherical_lfm.engine.features import extract_features, frechet_distance, psnr
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import LatentDataset
-from spherical_lfm.paths import ARMS
-from spherical_lfm.sampling import load_run, sample
+from spherical_lfm.paths import ARMS, SlerpPath
+from spherical_lfm.sampling import Sampler, initial_noise, load_run, sample, trajectory, velocity_field
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import studies
@@ -24,7 +24,7 @@ from spherical_lfm.training import TrainConfig, Trainer
 
 TINY = replace(ex.PRESETS['digits'], train=dict(model='SiT-Ti/2', steps=2, batch_size=8, lr=.1, checkpoint_every=1,
                                                 log_every=1, ema_decay=.5, flip=False),
-               sample_steps=7, method='heun', guidances=(1., 2.5), interval=(.2, .7), samples=40, curve_samples=20)
+               sampler=Sampler(7, 'heun', interval=(.2, .7)), guidances=(1., 2.5), samples=40, curve_samples=20)
 
 
 def pick(figures: dict, *names: str):
@@ -67,16 +67,16 @@ def test_the_reference_is_every_real_image(place):
 ])
 def test_score_samples_what_was_asked_for(place, monkeypatch, arm, decoder, exponential, wanted):
     recorder = Recorder(monkeypatch, ex, 'generate', answer)
-    figures = ex.score(place.root/arm, 1, TINY, arm, place.reference, place.labels, 50, 2.5, 11,
-                       exponential=exponential, decoder=decoder, progress=False)
+    run, sampler = load_run(place.root/arm, 1), replace(TINY.sampler, guidance=2.5, seed=11)
+    if not exponential: run = run._replace(path=SlerpPath(exponential=False))
+    y = ex.class_mixture(place.labels, 50)
+    figures = ex.score(place.root/arm, run, TINY, place.reference, y, sampler, decoder, progress=False)
     given, = recorder.calls
-    assert {k: given[k] for k in ('steps', 'method', 'guidance', 'interval', 'precision', 'extractor', 'seed')} == {
-        'steps': 7, 'method': 'heun', 'guidance': 2.5, 'interval': (.2, .7), 'precision': 'float32',
-        'extractor': 'digits', 'seed': 11}
-    assert repr(given['path']) == (f'SlerpPath(project_velocity=True, exponential={exponential})'
+    assert given['sampler'] == Sampler(7, 'heun', 2.5, (.2, .7), seed=11) and given['extractor'] == 'digits'
+    assert repr(given['run'].path) == (f'SlerpPath(project_velocity=True, exponential={exponential})'
                                    if arm == 'spherical-slerp' else 'LinearPath()')
     model, other = load_run(place.root/arm, 1)[0].state_dict(), load_run(place.root/arm, 2)[0].state_dict()
-    found = given['model'].state_dict()
+    found = given['run'].model.state_dict()
     assert all(torch.equal(found[k], model[k]) for k in model)
     assert any(not torch.equal(found[k], other[k]) for k in other)
     assert given['tokenizer'].identity == load_tokenizer(wanted[0], spherical=wanted[1]).identity
@@ -92,11 +92,9 @@ def test_score_samples_what_was_asked_for(place, monkeypatch, arm, decoder, expo
 
 
 @pytest.mark.parametrize('count', [50, 1438, 2876])
-def test_samples_have_the_mixture_of_the_data(place, monkeypatch, count):
-    recorder = Recorder(monkeypatch, ex, 'generate', answer)
+def test_samples_have_the_mixture_of_the_data(count):
     labels = torch.cat([torch.zeros(1000, dtype=torch.long), torch.arange(438) % 10])
-    ex.score(place.root/'vanilla-linear', 2, TINY, 'vanilla-linear', place.reference, labels, count, progress=False)
-    y = recorder.calls[0]['labels']
+    y = ex.class_mixture(labels, count)
     want = labels.bincount(minlength=10).double()*count/len(labels)
     assert len(y) == count and (y.bincount(minlength=10) - want).abs().max() < 2
 
@@ -104,9 +102,9 @@ def test_samples_have_the_mixture_of_the_data(place, monkeypatch, count):
 @pytest.mark.parametrize('arm', ['spherical-slerp', 'spherical-linear', 'vanilla-shell'])
 def test_an_arm_is_scored_at_every_guidance_and_checkpoint(place, monkeypatch, tmp_path, arm):
     def verdict(given):
-        value = given['step'] + 10*given['guidance'] + given['count']
-        return {'fid': value, 'fd': value, 'kid': .5, 'accuracy': given['guidance']/10,
-                'protocol': {'guidance': given['guidance']}}
+        w = given['sampler'].guidance
+        value = given['run'].record['step'] + 10*w + len(given['labels'])
+        return {'fid': value, 'fd': value, 'kid': .5, 'accuracy': w/10, 'protocol': {'guidance': w}}
     recorder, trained = Recorder(monkeypatch, ex, 'score', verdict), []
     monkeypatch.setattr(ex, '_overview', lambda *_: None)
     fit = Trainer.fit
@@ -118,10 +116,14 @@ def test_an_arm_is_scored_at_every_guidance_and_checkpoint(place, monkeypatch, t
     row = ex.run_arm(TINY, arm, place.root/'latents', place.reference, tmp_path/'run', 5, progress=False)
     config, spherical = trained[0]
     assert (config.arm, config.seed, config.steps, config.lr, spherical) == (arm, 5, 2, .1, arm.startswith('spherical'))
-    asked = [(c['step'], c['guidance'], c['count'], c['seed'], c['exponential'], c['decoder']) for c in recorder.calls]
-    assert sorted(asked) == sorted([(2, 1., 40, 5, True, None), (2, 2.5, 40, 5, True, None), (1, 1., 20, 5, True, None),
-                                    (2, 1., 20, 5, True, None)])
-    assert all(torch.equal(c['labels'], place.labels) and c['reference'] is place.reference for c in recorder.calls)
+    asked = [(c['run'].record['step'], c['sampler'].guidance, len(c['labels']), c['preset'].metrics)
+             for c in recorder.calls]
+    every = TINY.metrics
+    assert sorted(asked) == sorted([(2, 1., 40, every), (2, 2.5, 40, every), (1, 1., 20, ('fid',)), (2, 1., 20, ('fid',))])
+    for c in recorder.calls:
+        assert c['sampler'] == replace(TINY.sampler, guidance=c['sampler'].guidance, seed=5) and c['decoder'] is None
+        assert repr(c['run'].path) == repr(ARMS[arm]) and c['reference'] is place.reference
+        assert torch.equal(c['labels'], ex.class_mixture(place.labels, len(c['labels'])))
     assert pick(row, 'fid', 'fd') == 52 and row['accuracy'] == .1 and row['steps'] == 2
     assert [(g['guidance'], pick(g, 'fid', 'fd')) for g in row['guided']] == [(1., 52), (2.5, 67)]
     assert sorted((p['step'], pick(p, 'fid', 'fd')) for p in row['curve']) == [(1, 31), (2, 32)]
@@ -160,7 +162,7 @@ def test_compare_runs_every_arm_under_one_protocol(place, monkeypatch, tmp_path)
 @pytest.mark.parametrize('flip', [True, False])
 def test_latents_of_a_comparison_are_the_vanilla_ones(monkeypatch, tmp_path, flip):
     encode = Recorder(monkeypatch, ex, 'encode_latents', lambda _: None)
-    preset, source = replace(TINY, train=TINY.train | {'flip': flip}, precision='bf16'), ImageSource('digits')
+    preset, source = replace(TINY, train=TINY.train | {'flip': flip}, sampler=Sampler(7, precision='bf16')), ImageSource('digits')
     tokenizer = ex.prepare_latents(preset, source, tmp_path/'latents', progress=False)
     given, = encode.calls
     assert not tokenizer.spherical
@@ -181,7 +183,7 @@ def test_the_overview_has_the_arms_decoder_and_the_strongest_guidance(place, mon
     monkeypatch.setattr(ex, 'save_grid', lambda images, path: shown.append(images))
     ex._overview(TINY, 'vanilla-linear', place.root/'vanilla-linear', 2, place.labels, 3)
     model, path, _ = load_run(place.root/'vanilla-linear', 2)
-    z = sample(model, path, place.labels[:40], steps=7, method='heun', guidance=2.5, seed=3)
+    z = sample(model, path, place.labels[:40], Sampler(7, 'heun', 2.5, (.2, .7), seed=3))
     with torch.no_grad(): want = load_tokenizer('digits-control').decode(z)
     torch.testing.assert_close(shown[0], want, atol=1e-3, rtol=1e-3)
 
@@ -268,8 +270,9 @@ def test_evolution_follows_the_samples(place):
     tokenizer, y = load_tokenizer('digits', spherical=True), torch.tensor([3, 1])
     found = studies.evolution(place.root/'spherical-slerp', tokenizer, y, shown=4, steps=6, seed=2)
     model, path, _ = load_run(place.root/'spherical-slerp')
-    passed = []
-    z = sample(model, path, y, steps=6, seed=2, on_step=lambda t, z: passed.append(z))
+    noise = initial_noise(path, (16, 4, 4), range(2), 2)
+    passed = [z for _, z in trajectory(velocity_field(model, path, y), path, noise, Sampler(6).times)]
+    z = sample(model, path, y, Sampler(6, seed=2))
     assert found['times'] == pytest.approx([0, 1/3, 2/3, 1])
     with torch.no_grad():
         for k, want in ((1, passed[1]), (3, z)):

@@ -12,7 +12,7 @@ from spherical_lfm.engine import images as images_module
 from spherical_lfm.engine.features import load_digit_features
 from spherical_lfm.engine.images import digits_images
 from spherical_lfm.paths import SlerpPath
-from spherical_lfm.sampling import sample
+from spherical_lfm.sampling import LoadedRun, Sampler, sample
 from spherical_lfm.sit import SiT
 from spherical_lfm.tokenizers import load_tokenizer
 
@@ -159,6 +159,12 @@ def test_the_pixels_of_an_adm_file_are_read_as_they_lie(tmp_path):
     torch.testing.assert_close(found['features'], want)
 
 
+QUIET = fidelity.Pieces(progress=False)
+
+
+def run_of(net, path, weights=''): return LoadedRun(net, path, {'weights': weights})
+
+
 def small_network():
     g = torch.Generator().manual_seed(0)
     net = SiT(4, 2, 16, 32, 1, 2, num_classes=10).requires_grad_(False).eval()
@@ -170,10 +176,10 @@ def small_network():
 def test_generated_features_are_those_of_samples_drawn_plainly(tmp_path, shard, batch):
     net, path, y = small_network(), SlerpPath(), torch.arange(20) % 3
     tokenizer = load_tokenizer('digits', spherical=True)
-    options = dict(steps=4, method='heun', guidance=2.5, interval=(.3, .9))
-    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', seed=3, shard=shard, batch_size=batch,
-                              decode_size=6, progress=False, **options)
-    z = sample(net, path, y, seed=3, **options)
+    sampler = Sampler(4, 'heun', guidance=2.5, interval=(.3, .9), seed=3)
+    found = fidelity.generate(tmp_path/'out', run_of(net, path), tokenizer, y, 'digits', sampler,
+                              pieces=fidelity.Pieces(shard, batch, 6, progress=False))
+    z = sample(net, path, y, sampler)
     with torch.no_grad(): want = features_module.extract_features(tokenizer.decode(z), 'digits', parts=('features', 'logits'))
     for k in want: torch.testing.assert_close(found[k], want[k], atol=5e-3, rtol=1e-3)
     assert torch.equal(found['y'], y)
@@ -185,10 +191,11 @@ def test_generated_features_are_those_of_samples_drawn_plainly(tmp_path, shard, 
 def test_features_of_another_plan_are_drawn_anew(tmp_path, change):
     net = small_network()
 
-    def draw(y=torch.arange(20) % 3, path=SlerpPath(), seed=3, tokenizer=('digits', True), **options):
+    def draw(y=torch.arange(20) % 3, path=SlerpPath(), seed=3, tokenizer=('digits', True), identity='', **options):
         t = load_tokenizer(tokenizer[0], spherical=tokenizer[1])
-        return fidelity.generate(tmp_path/'out', net, path, t, y, 'digits', seed, progress=False,
-                                 **(dict(steps=4, guidance=1.) | options))['features']
+        sampler = Sampler(**dict(steps=4, seed=seed) | options)
+        run = run_of(net, path, identity)
+        return fidelity.generate(tmp_path/'out', run, t, y, 'digits', sampler, pieces=QUIET)['features']
     first = draw()
     if 'identity' in change:
         for p in net.parameters(): p += .05
@@ -198,8 +205,8 @@ def test_features_of_another_plan_are_drawn_anew(tmp_path, change):
 def test_saved_images_are_those_that_were_scored(tmp_path):
     net, path, y = small_network(), SlerpPath(), torch.arange(12) % 3
     tokenizer = load_tokenizer('digits', spherical=True)
-    found = fidelity.generate(tmp_path/'out', net, path, tokenizer, y, 'digits', save='npz', shard=5, steps=2,
-                              progress=False)
+    found = fidelity.generate(tmp_path/'out', run_of(net, path), tokenizer, y, 'digits', Sampler(2), 'npz',
+                              fidelity.Pieces(5, progress=False))
     with np.load(next((tmp_path/'out').glob('images-*.npz'))) as z: images, labels = z['arr_0'], z['arr_1']
     assert np.array_equal(labels, y)
     again = features_module.extract_features(torch.from_numpy(images).permute(0, 3, 1, 2), 'digits')

@@ -1,6 +1,7 @@
 """Guidance on a table in place of a network, every solver by hand, scheduler and pipeline against plain loops."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from spherical_lfm import sphere
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import LatentDataset, encode_latents
 from spherical_lfm.paths import ARMS, LinearPath, SlerpPath, arm_path, shift_time
-from spherical_lfm.sampling import guided_velocity, initial_noise, load_run, sample, tokenizer_for
+from spherical_lfm.sampling import (
+    Sampler,
+    guided_velocity,
+    initial_noise,
+    load_run,
+    sample,
+    tokenizer_for,
+    trajectory,
+    velocity_field,
+)
 from spherical_lfm.sit import SiT
 from spherical_lfm.solvers import METHODS, adams_weights, adaptive, bogacki_shampine
 from spherical_lfm.tokenizers import load_tokenizer
@@ -26,6 +36,8 @@ def table(seed=0): return torch.randn(NULL + 1, *SHAPE, generator=torch.Generato
 
 class Table:
     "A velocity that depends on class and time alone, in place of a network; remembers what it was asked."
+    config = SimpleNamespace(in_channels=SHAPE[0], input_size=SHAPE[1], num_classes=NULL)
+
     def __init__(self):
         self.rows, self.times, self.classes, self.points = table(), [], [], []
 
@@ -54,7 +66,7 @@ def onto(z, v): return v - (v*z).sum(1, keepdim=True)/(z*z).sum(1, keepdim=True)
 def test_guided_velocity_on_a_table(w, negative, expected, arm):
     model, path, y = Table(), ARMS[arm], torch.tensor([0, 2, 0])
     z = points(3, path)
-    v = guided_velocity(model, path, z, .5, y, w, null_class=NULL, negative=negative)
+    v = guided_velocity(model, path, z, .5, y, Sampler(guidance=w, negative=negative), NULL)
     want = 1.5*expected(model.rows[y], model.rows[NULL], model.rows[1])
     torch.testing.assert_close(v, onto(z, want) if path.spherical else want)
 
@@ -65,15 +77,16 @@ def test_guidance_only_within_its_interval(t, inside):
     c, u = model.rows[y]*(1 + t), model.rows[NULL]*(1 + t)
     want = u + 3*(c - u) if inside else c
     for time in (t, torch.full((2,), t, dtype=torch.float64)):
-        torch.testing.assert_close(guided_velocity(model, path, points(2, path), time, y, 3., (.3, .7), NULL), want,
-                                   check_dtype=False)
+        found = guided_velocity(model, path, points(2, path), time, y, Sampler(guidance=3., interval=(.3, .7)), NULL)
+        torch.testing.assert_close(found, want, check_dtype=False)
 
 
 def test_samples_at_different_times_are_guided_each_by_its_own():
     model, path, y, t = Table(), LinearPath(), torch.tensor([0, 2, 1]), torch.tensor([.1, .5, .9])
     c, u, s = model.rows[y], model.rows[NULL], (1 + t).view(-1, 1, 1, 1)
     want = s*torch.where(torch.tensor([False, True, False]).view(-1, 1, 1, 1), u + 2*(c - u), c)
-    torch.testing.assert_close(guided_velocity(model, path, points(3, path), t, y, 2., (.3, .7), NULL), want)
+    sampler = Sampler(guidance=2., interval=(.3, .7))
+    torch.testing.assert_close(guided_velocity(model, path, points(3, path), t, y, sampler, NULL), want)
 
 
 # ---- the loop
@@ -81,7 +94,7 @@ def test_samples_at_different_times_are_guided_each_by_its_own():
 @pytest.mark.parametrize('shift', [1., 3., .5])
 def test_sample_visits_the_shifted_times(shift):
     model, path, steps = Table(), LinearPath(), 8
-    z = sample(model, path, torch.tensor([0, 1]), SHAPE, steps=steps, shift=shift, classes=NULL)
+    z = sample(model, path, torch.tensor([0, 1]), Sampler(steps, shift=shift))
     times = [k/steps/(1 + (shift - 1)*(1 - k/steps)) for k in range(steps + 1)]
     assert [t[0].item() for t in model.times] == pytest.approx(times[:-1])
     want = initial_noise(path, SHAPE, range(2)) + model.rows[:2]*sum((b - a)*(1 + a) for a, b in zip(times, times[1:]))
@@ -90,11 +103,11 @@ def test_sample_visits_the_shifted_times(shift):
 
 def test_sample_hands_on_guidance_interval_and_negative_class():
     model, path, steps, y = Table(), LinearPath(), 10, torch.tensor([0, 2, 0])
-    z = sample(model, path, y, SHAPE, steps=steps, guidance=2., interval=(.25, .65), negative=1, classes=NULL)
+    z = sample(model, path, y, Sampler(steps, guidance=2., interval=(.25, .65), negative=1))
     c, n = model.rows[y], model.rows[1]
     v = [(1 + k/steps)*(n + 2*(c - n) if .25 <= k/steps <= .65 else c) for k in range(steps)]
     torch.testing.assert_close(z, initial_noise(path, SHAPE, range(3)) + sum(v)/steps, atol=1e-5, rtol=1e-5)
-    null = sample(model, path, y, SHAPE, steps=1, guidance=3., classes=NULL)
+    null = sample(model, path, y, Sampler(1, guidance=3.))
     torch.testing.assert_close(null, initial_noise(path, SHAPE, range(3)) + model.rows[NULL] + 3*(c - model.rows[NULL]),
                                atol=1e-5, rtol=1e-5)
 
@@ -102,10 +115,10 @@ def test_sample_hands_on_guidance_interval_and_negative_class():
 def test_a_sample_depends_on_seed_and_number_alone():
     path, y = SlerpPath(), torch.tensor([0, 1, 2, 0, 1])
 
-    def draw(labels=y, **options): return sample(Table(), path, labels, SHAPE, steps=3, classes=NULL, **options)
+    def draw(labels=y, seed=0, **options): return sample(Table(), path, labels, Sampler(3, seed=seed), **options)
     whole = draw(seed=4)
     assert torch.equal(draw(seed=4, batch_size=2), whole)
-    assert torch.equal(draw(y[3:], seed=4, first=3), whole[3:])
+    assert torch.equal(draw(y[3:], noise=initial_noise(path, SHAPE, range(3, 5), 4)), whole[3:])
     assert not torch.equal(draw(seed=5), whole) and len({x.sum().item() for x in whole}) == 5
     noise = points(5, path)
     assert torch.equal(draw(noise=noise, batch_size=2), draw(noise=noise, seed=9)), 'given noise is used'
@@ -121,7 +134,7 @@ def test_the_network_samples_in_eval_mode_and_bf16_where_asked():
     net.train()
     for precision, dtype in (('float32', torch.float32), ('bf16', torch.bfloat16)):
         seen.clear()
-        z = sample(net, LinearPath(), torch.tensor([0]), steps=2, precision=precision)
+        z = sample(net, LinearPath(), torch.tensor([0]), Sampler(2, precision=precision))
         assert set(seen) == {(False, dtype)} and z.dtype == torch.float32 and net.training
 
 
@@ -263,10 +276,10 @@ def test_the_adaptive_method_ends_at_1_within_its_tolerance():
 @pytest.mark.parametrize('shift', [1., 2.])
 def test_the_euler_scheduler_is_sample_step_by_step(arm, shift):
     path, scheduler, y = ARMS[arm], FlowScheduler(arm, shift=shift), torch.tensor([0, 1])
-    passed = []
-    sample(Table(), path, y, SHAPE, steps=5, shift=shift, classes=NULL, on_step=lambda t, z: passed.append((t, z)))
+    model, z, sampler = Table(), initial_noise(path, SHAPE, range(2)), Sampler(5, shift=shift)
+    passed = list(trajectory(velocity_field(model, path, y), path, z, sampler.times))
+    assert torch.equal(sample(model, path, y, sampler), passed[-1][1])
     scheduler.set_timesteps(5)
-    model, z = Table(), initial_noise(path, SHAPE, range(2))
     for t, (_, want) in zip(scheduler.timesteps, passed):
         z = scheduler.step(model(z, t.expand(2), y), t, z).prev_sample
         torch.testing.assert_close(z, want, atol=1e-6, rtol=1e-6)
@@ -349,9 +362,9 @@ def test_the_pipeline_is_sample_and_decode(runs, settings):
     model, path, record = load_run(runs/'plain')
     y = [1, 0, 7]
     noise = path.prior((3, 16, 4, 4), torch.Generator().manual_seed(5))
-    options = dict(guidance=settings['guidance_scale'], interval=settings.get('guidance_interval', (0., 1.)),
-                   negative=settings.get('negative_class'))
-    z = sample(model, path, torch.tensor(y), steps=4, noise=noise, **options)
+    sampler = Sampler(4, guidance=settings['guidance_scale'], interval=settings.get('guidance_interval', (0., 1.)),
+                      negative=settings.get('negative_class'))
+    z = sample(model, path, torch.tensor(y), sampler, noise)
     found = pipe(y, num_inference_steps=4, generator=torch.Generator().manual_seed(5), output_type='latent',
                  **settings).images
     torch.testing.assert_close(found, z, atol=1e-4, rtol=1e-4)

@@ -25,7 +25,7 @@ from spherical_lfm.engine.latents import LatentDataset, encode_latents
 from spherical_lfm.engine.weights import open_tensors
 from spherical_lfm.fidelity import load_reference, npz_batches, score_features, source_batches
 from spherical_lfm.paths import SlerpPath, shift_time
-from spherical_lfm.sampling import load_run, sample
+from spherical_lfm.sampling import Sampler, load_run, sample
 from spherical_lfm.sit import SiT
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli
@@ -284,7 +284,7 @@ def digits(side: int = 4, classes: int = 10) -> SiT:
 
 def draw(**options):
     "Two samples of an untrained network."
-    return sample(digits(), SlerpPath(), torch.tensor([1, 2]), **dict(steps=2) | options)
+    return sample(digits(), SlerpPath(), torch.tensor([1, 2]), Sampler(**dict(steps=2) | options))
 
 
 def encode(place: Path, source: ImageSource | None = None, **options):
@@ -307,8 +307,8 @@ def scored(**changes):
 
 FUNCTIONS = [
     (lambda p: draw(steps=0), ValueError, 'steps must be at least 1'),
-    (lambda p: draw(batch_size=0), ValueError, 'batch_size must be at least 1'),
-    (lambda p: draw(first=-1), ValueError, 'first must be at least 0'),
+    (lambda p: sample(digits(), SlerpPath(), torch.tensor([1]), batch_size=0), ValueError, 'batch_size must be at least 1'),
+    (lambda p: sample(digits(), SlerpPath(), torch.tensor([1]), noise=torch.randn(2, 16, 4, 4)), ValueError, r'noise must be \[1, 16, 4, 4\]'),
     (lambda p: draw(shift=0), ValueError, 'time shift must be positive'),
     (lambda p: draw(shift=math.inf), ValueError, 'time shift must be positive and finite'),
     (lambda p: draw(method='adaptive', tolerance=0), ValueError, 'tolerance must be at least'),

@@ -22,8 +22,8 @@ from spherical_lfm.engine.images import ImageSource, digits_images, save_grid
 from spherical_lfm.engine.latents import LatentDataset, encode_latents
 from spherical_lfm.engine.runs import checkpoints
 from spherical_lfm.experiments import PRESETS, compare
-from spherical_lfm.fidelity import generate, save_reference
-from spherical_lfm.sampling import load_run
+from spherical_lfm.fidelity import Pieces, generate, save_reference
+from spherical_lfm.sampling import Sampler, load_run
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli, studies
@@ -73,11 +73,10 @@ def quiet(command, *args): command([*map(str, args)])
 
 
 def make_features(out, place):
-    model, path, record = load_run(place/'run')
-    generate(out, model, path, load_tokenizer('digits', spherical=True), torch.arange(12) % 10, 'digits', identity=record['weights'], save='png', shard=6, steps=1, progress=False)
+    generate(out, load_run(place/'run'), load_tokenizer('digits', spherical=True), torch.arange(12) % 10, 'digits', Sampler(1), 'png', Pieces(6, progress=False))
 
 
-def small_preset(): return replace(PRESETS['digits'], train=PRESETS['digits'].train | TINY | {'checkpoint_every': 2}, samples=20, curve_samples=20, sample_steps=1)
+def small_preset(): return replace(PRESETS['digits'], train=PRESETS['digits'].train | TINY | {'checkpoint_every': 2}, samples=20, curve_samples=20, sampler=Sampler(1))
 
 
 FOLDERS = { # what writes a folder: (out, place) -> work

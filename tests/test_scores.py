@@ -16,6 +16,7 @@ from spherical_lfm.engine.latents import LatentDataset, encode_latents
 from spherical_lfm.engine.weights import DATA
 from spherical_lfm.experiments import PRESETS, prepare_latents, reference_features, run_arm
 from spherical_lfm.fidelity import (
+    Pieces,
     apportion,
     differences,
     generate,
@@ -26,7 +27,7 @@ from spherical_lfm.fidelity import (
     side_of,
 )
 from spherical_lfm.paths import SlerpPath, arm_path
-from spherical_lfm.sampling import load_run, tokenizer_for
+from spherical_lfm.sampling import LoadedRun, Sampler, load_run, tokenizer_for
 from spherical_lfm.sit import SiT
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
@@ -34,7 +35,7 @@ from spherical_lfm.tools import cli
 from spherical_lfm.training import TrainConfig, Trainer
 
 TINY = dict(model='SiT-Ti/4', steps=2, batch_size=8, log_every=1, checkpoint_every=2, warmup=0, flip=False)
-PRESET = replace(PRESETS['digits'], train=TINY, samples=30, curve_samples=30, sample_steps=1)
+PRESET = replace(PRESETS['digits'], train=TINY, samples=30, curve_samples=30, sampler=Sampler(1))
 
 
 def folder_of(images: torch.Tensor, root: Path) -> Path:
@@ -110,7 +111,7 @@ def test_finetuning_on_other_images_is_refused(tmp_path):
 
 def test_features_of_other_weights_are_not_reused(net, tmp_path):
     tokenizer, y = load_tokenizer('digits', spherical=True), torch.arange(20) % 10
-    make = lambda identity, scale: generate(tmp_path/'f', _Scaled(net, scale), SlerpPath(), tokenizer, y, 'digits', identity=identity, steps=2, progress=False)['features']
+    make = lambda identity, scale: generate(tmp_path/'f', LoadedRun(_Scaled(net, scale), SlerpPath(), {'weights': identity}), tokenizer, y, 'digits', Sampler(2), pieces=Pieces(progress=False))['features']
     a = make('a', 1.)
     assert torch.equal(make('a', 5.), a), 'the identity is what counts'
     assert not torch.equal(make('b', 5.), a)
@@ -214,7 +215,7 @@ def test_scores_do_not_depend_on_batches_or_shards(net, tmp_path):
     reference = extract_features(real, 'digits', parts=('features', 'logits'))
     scored = []
     for n, (batch, decode, shard) in enumerate(((50, 50, 50), (7, 64, 1000), (50, 3, 11), (1, 1, 50))):
-        found = generate(tmp_path/str(n), net, SlerpPath(), tokenizer, y, 'digits', seed=3, steps=3, batch_size=batch, decode_size=decode, shard=shard, progress=False)
+        found = generate(tmp_path/str(n), LoadedRun(net, SlerpPath(), {'weights': ''}), tokenizer, y, 'digits', Sampler(3, seed=3), pieces=Pieces(shard, batch, decode, False))
         scored.append(score_features(found, reference, extractor='digits'))
     for other in scored[1:]: assert other == pytest.approx(scored[0], rel=1e-3, abs=1e-5)
     some, extract = real[:61], feature_function('digits')

@@ -6,8 +6,9 @@ import torch
 
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import LatentDataset, encode_latents
-from spherical_lfm.fidelity import generate
+from spherical_lfm.fidelity import Pieces, generate
 from spherical_lfm.paths import SlerpPath, arm_path
+from spherical_lfm.sampling import LoadedRun, Sampler
 from spherical_lfm.sit import SiT
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.training import TrainConfig, Trainer
@@ -27,7 +28,8 @@ def samples(out: Path) -> dict:
         torch.manual_seed(0)
         net = SiT.from_name('SiT-Ti/2', input_size=4, in_channels=16, num_classes=10).requires_grad_(False)
         for p in net.parameters(): p += .05*torch.randn(p.shape)
-    return generate(out, net, SlerpPath(), load_tokenizer('digits', spherical=True), torch.arange(30) % 10, 'digits', shard=8, steps=4, progress=False)
+    run = LoadedRun(net, SlerpPath(), {'weights': 'untrained'})
+    return generate(out, run, load_tokenizer('digits', spherical=True), torch.arange(30) % 10, 'digits', Sampler(4), pieces=Pieces(8, progress=False))
 
 
 if __name__ == '__main__':

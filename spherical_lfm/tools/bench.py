@@ -26,9 +26,9 @@ from ..engine.files import write_json
 from ..engine.images import ImageSource
 from ..engine.latents import DTYPES, LatentDataset, encode_latents
 from ..engine.processes import default_device
-from ..fidelity import generate
+from ..fidelity import Pieces, generate
 from ..paths import LinearPath, SlerpPath
-from ..sampling import sample
+from ..sampling import LoadedRun, Sampler, sample
 from ..solvers import METHODS
 from ..sit import SiT
 from ..sphere import project
@@ -211,13 +211,13 @@ def bench_sample(
     net = SiT.from_name(model, input_size=side, in_channels=32, num_classes=10).to(device).eval()
     y = torch.arange(batch_size, device=device) % 10
     z, t = SlerpPath().prior((batch_size, 32, side, side)).to(device), torch.full((batch_size,), .5, device=device)
-    solve = functools.partial(sample, net, SlerpPath(), y.cpu(), steps=steps, noise=z.cpu(), batch_size=batch_size,
-                              precision=precision)
+    def solve(method):
+        sample(net, SlerpPath(), y.cpu(), Sampler(steps, method, precision=precision), z.cpu(), batch_size)
     def bare():
         with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
             for _ in range(steps):
                 net(z, t, y)
-    works: dict[str, Callable] = {name: functools.partial(solve, method=name) for name in METHODS}
+    works: dict[str, Callable] = {name: functools.partial(solve, name) for name in METHODS}
     times = time_all(works | {'network': bare}, rounds)
     what = (f'share of time outside the network, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}, '
             f'{steps} steps')
@@ -289,13 +289,14 @@ def bench_fidelity(
     tok = load_tokenizer(tokenizer, spherical=True, device=default_device())
     side = size//tok.downsample
     net = SiT.from_name('SiT-Ti/1', input_size=side, in_channels=tok.d, num_classes=10).to(default_device()).eval()
+    run, sampler = LoadedRun(net, SlerpPath(), {'weights': 'untrained'}), Sampler(10)
     y, extract = torch.arange(count) % 10, feature_function(extractor, all_parts(extractor))
     def bare():
         for k in range(0, count, 64):
-            extract(tok.decode(sample(net, SlerpPath(), y[k:k + 64], steps=10)))
+            extract(tok.decode(sample(net, SlerpPath(), y[k:k + 64], sampler)))
     def whole():
         with tempfile.TemporaryDirectory() as tmp:
-            generate(tmp, net, SlerpPath(), tok, y, extractor, steps=10, shard=128, batch_size=64, progress=False)
+            generate(tmp, run, tok, y, extractor, sampler, pieces=Pieces(128, 64, progress=False))
     what = f'generate over its parts, {count} samples of {size} px, {extractor} features'
     return {'what': what} | time_ratio(whole, bare, rounds, 1)
 

@@ -18,9 +18,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 from fastcore.docments import docments
@@ -46,7 +47,7 @@ from spherical_lfm.fidelity import (
 )
 from ..paths import ARMS, arm_path
 from ..probes import find_partners
-from ..sampling import load_run, sample, tokenizer_for
+from ..sampling import LoadedRun, Sampler, load_run, sample, tokenizer_for
 from ..tokenizers import load_tokenizer, wants_statistics
 from ..training import TrainConfig, Trainer
 from spherical_lfm.tools.bench import (
@@ -97,10 +98,10 @@ _RANGES = {
                     'shard_size', 'pack', 'side', 'rounds', 'log_every', 'checkpoint_every', 'accumulate', 'classes',
                     'window', 'discriminator_width', 'discriminator_layers'),
     (2, math.inf): ('bootstrap',),
-    (0, math.inf): ('warmup', 'keep', 'discriminator_start', 'max_grad_norm', 'weight_decay', 'perceptual_weight',
-                    'adversarial_weight'),
+    (0, math.inf): ('negative', 'warmup', 'keep', 'discriminator_start', 'max_grad_norm', 'weight_decay',
+                    'perceptual_weight', 'adversarial_weight'),
     (0, 1): ('label_dropout', 'ema_decay'),
-    (-1, math.inf): ('label', 'negative', 'step'),
+    (-1, math.inf): ('label', 'step'),
     (-1, 2**31 - 1): ('seed',),
 }
 
@@ -174,7 +175,8 @@ def _option(field: inspect.Parameter, unset: bool) -> inspect.Parameter:
     name = f'no_{field.name}' if field.default is True else field.name
     default = None if unset else field.default
     if field.annotation is bool: default = False
-    return inspect.Parameter(name, field.KEYWORD_ONLY, default=default, annotation=field.annotation)
+    kind = next((a for a in get_args(field.annotation) if a is not NoneType), field.annotation) # int of int | None
+    return inspect.Parameter(name, field.KEYWORD_ONLY, default=default, annotation=kind)
 
 # %% ../../nbs/tools/cli.ipynb #321a1a37
 def _chosen(model: Callable, options: dict) -> dict:
@@ -188,7 +190,7 @@ def _chosen(model: Callable, options: dict) -> dict:
 
 # %% ../../nbs/tools/cli.ipynb #54bd2ca4
 def options_from(
-    *models: Callable,     # dataclasses or functions: what has a default there, unless the command names it itself
+    *models: Callable,     # dataclasses or functions: what has a default there; the first to name an option counts
     leave_out: tuple = (), # fields without an option
     unset: bool = False,   # an option that is not given is None, since something else may set the field
     helps: dict = None     # option -> help in place of the comment
@@ -202,6 +204,7 @@ def options_from(
             for field in inspect.signature(model).parameters.values():
                 if field.name in taken or field.default is field.empty: continue
                 options.append(option := _option(field, unset))
+                taken.add(field.name)
                 text = (helps or {}).get(option.name) or comments.get(field.name) or ''
                 lines.append(f'{option.name}, # {" ".join(text.split())}\n')
         work.__signature__ = inspect.Signature([*own, *options])
@@ -571,41 +574,61 @@ def _save_samples(images: Tensor, labels: Tensor, out: str, npz: bool, plan: dic
     if npz: save_npz(pixels.permute(0, 2, 3, 1).numpy(), labels, f'{Path(out)}.npz')
     else: _write_samples(pixels, labels, claim(out, 'samples', plan=plan))
 
+# %% ../../nbs/tools/cli.ipynb #da9e2369
+@dataclass
+class _Checkpoint:
+    "What of a run is drawn from."
+    step: int = -1          # checkpoint; -1 takes the newest
+    weights: str = 'ema'    # ema (averaged over training) or raw
+    tokenizer: str = ''     # tokenizer name or folder; empty takes the one the run was trained on
+
+    def load(self, run: str) -> LoadedRun:
+        "The checkpoint of a run."
+        return load_run(run, None if self.step < 0 else self.step, default_device(), self.weights)
+
+def _interval(
+    guide_from: float = 0., # time at which guidance begins (0 is noise)
+    guide_to: float = 1.    # time at which it ends
+) -> tuple[float, float]:
+    "Times in which guidance applies."
+    return guide_from, guide_to
+
+# %% ../../nbs/tools/cli.ipynb #ad587933
+#: What options of drawing are made from.
+_DRAWING = Sampler, _interval, _Checkpoint
+#: Help where the comment of a field is not enough for a shell.
+_SAMPLER_HELP = dict(
+    steps='solver steps',
+    method='euler, heun, rk4, adams2, adams3 or adaptive',
+    guidance='classifier-free guidance; 1 is none',
+    shift='more than 1 takes smaller steps near the noise',
+    tolerance='of the adaptive method',
+    precision='float32 or bf16',
+)
+
+def _sampler(options: dict) -> Sampler:
+    "The sampler that options ask for."
+    return Sampler(**_chosen(Sampler, options), interval=_interval(**_chosen(_interval, options)))
+
 # %% ../../nbs/tools/cli.ipynb #2075b776
 @command
+@options_from(*_DRAWING, leave_out=('interval',), helps=_SAMPLER_HELP)
 def slfm_sample(
-    run: str,                  # run folder of slfm_train or slfm_demo (an arm's folder)
-    out: str,                  # folder for the images
-    count: int = 40,           # images
-    label: int = -1,           # class of all images; -1 goes through the classes in turn
-    steps: int = 50,           # solver steps
-    method: str = 'euler',     # euler, heun, rk4, adams2, adams3 or adaptive
-    guidance: float = 1.,      # classifier-free guidance; 1 is none
-    guide_from: float = 0.,    # time at which guidance begins (0 is noise)
-    guide_to: float = 1.,      # time at which it ends
-    negative: int = -1,        # class to lead away from; -1 takes the null class
-    shift: float = 1.,         # more than 1 takes smaller steps near the noise
-    tolerance: float = 1e-2,   # of the adaptive method
-    precision: str = 'float32',# float32 or bf16
-    step: int = -1,            # checkpoint; -1 takes the newest
-    weights: str = 'ema',      # ema (averaged over training) or raw
-    npz: bool = False,         # write OUT.npz in ADM's layout in place of PNG files
-    tokenizer: str = '',       # tokenizer name or folder; empty takes the one the run was trained on
-    seed: int = 0              # of the noise: sample i depends on seed and i alone
+    run: str,         # run folder of slfm_train or slfm_demo (an arm's folder)
+    out: str,         # folder for the images
+    count: int = 40,  # images
+    label: int = -1,  # class of all images; -1 goes through the classes in turn
+    npz: bool = False,# write OUT.npz in ADM's layout in place of PNG files
+    **options         # how they are drawn, and from what
 ):
     "Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it."
-    model, path, record = load_run(run, None if step < 0 else step, default_device(), weights)
-    tok = tokenizer_for(record, tokenizer or None, default_device())
-    dtype_of(precision)
+    sampler, what = _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options))
+    model, path, record = what.load(run)
+    tok = tokenizer_for(record, what.tokenizer or None, default_device())
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
-    settings: dict[str, Any] = dict(
-        steps=steps, method=method,
-        guidance=guidance, interval=(guide_from, guide_to), negative=None if negative < 0 else negative,
-        shift=shift, tolerance=tolerance, precision=precision, seed=seed)
-    plan = {'weights': record['weights'], 'decoder': tok.identity, 'labels': y.tolist()} | settings
-    plan['interval'] = [guide_from, guide_to] # as JSON gives it back
-    grid = _claim_samples(out, npz, plan)
-    z = sample(model, path, y, progress=True, **settings)
+    plan = {'weights': record['weights'], 'decoder': tok.identity, 'labels': y.tolist(), **asdict(sampler)}
+    grid = _claim_samples(out, npz, plan | {'interval': list(sampler.interval)}) # as JSON gives it back
+    z = sample(model, path, y, sampler, progress=True)
     with torch.no_grad():
         images = torch.cat([tok.decode(x).cpu() for x in z.split(64)])
     _save_samples(images, y, out, npz, plan)
@@ -614,48 +637,35 @@ def slfm_sample(
 
 # %% ../../nbs/tools/cli.ipynb #f171d505
 @dataclass
-class _Drawing:
-    "How a run is sampled for its score."
-    # for a run: classes in the mixture of the reference, of the training data, or equal;
-    # auto: the first that can be had
+class _Scoring:
+    "What of a run is scored."
+    # classes in the mixture of the reference, of the training data, or equal; auto: the first that can be had
     mixture: str = 'auto'
-    count: int = 50_000        # for a run: samples
-    steps: int = 250           # for a run: solver steps
-    method: str = 'euler'      # for a run: euler, heun, rk4, adams2, adams3 or adaptive
-    guidance: float = 1.       # for a run: classifier-free guidance; 1 is none
-    precision: str = 'float32' # for a run: float32 or bf16
-    step: int = -1             # for a run: checkpoint; -1 takes the newest
-    weights: str = 'ema'       # for a run: ema (averaged over training) or raw
-    tokenizer: str = ''        # for a run: tokenizer name or folder; empty takes the one it was trained on
-    save: str = 'none'         # for a run: none, png or npz keep the images as well, in RUN/features
-    seed: int = 0              # for a run: of the noise
-
-    def solver(self) -> dict:
-        "What of it `sample` is told."
-        return dict(steps=self.steps, method=self.method, guidance=self.guidance, precision=self.precision)
+    count: int = 50_000        # samples
+    save: str = 'none'         # none, png or npz keep the images as well, in RUN/features
+    steps: int = 250           # solver steps
 
 # %% ../../nbs/tools/cli.ipynb #4857ff26
-def _open_run(run: str, how: _Drawing) -> tuple: # model, path, record, tokenizer
+def _open_run(run: str, what: _Checkpoint, sampler: Sampler) -> tuple[LoadedRun, Any]: # with its tokenizer
     "A run to draw from; refuses settings that cannot be."
-    dtype_of(how.precision)
-    model, path, record = load_run(run, None if how.step < 0 else how.step, default_device(), how.weights)
-    sample(model, path, torch.zeros(0, dtype=torch.long), **how.solver()) # none of them
-    return model, path, record, tokenizer_for(record, how.tokenizer or None, default_device())
+    opened = what.load(run)
+    sample(opened.model, opened.path, torch.zeros(0, dtype=torch.long), sampler) # none of them
+    return opened, tokenizer_for(opened.record, what.tokenizer or None, default_device())
 
 # %% ../../nbs/tools/cli.ipynb #128796a6
-def _draw_run(run: str, opened: tuple, how: _Drawing, reference, extractor: str) -> tuple: # features, what was set
+def _draw_run(run: str, opened: tuple, options: dict, reference, extractor: str) -> tuple: # features, what was set
     "Features of samples that are drawn now, and how they were."
-    model, path, record, tokenizer = opened
-    labels, mixture = mixture_of(record, reference, how.count, how.mixture)
-    drawn = generate(Path(run)/'features'/'evaluate', model, path, tokenizer, labels, extractor, how.seed,
-                     record['weights'], how.save, **how.solver())
-    setting = {'seed': how.seed, 'checkpoint': record['step'], 'weights': how.weights, 'mixture': mixture}
-    return drawn, how.solver() | setting
+    (loaded, tokenizer), how = opened, _Scoring(**_chosen(_Scoring, options))
+    sampler, weights = _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options)).weights
+    labels, mixture = mixture_of(loaded.record, reference, how.count, how.mixture)
+    drawn = generate(Path(run)/'features'/'evaluate', loaded, tokenizer, labels, extractor, sampler, how.save)
+    setting = {'checkpoint': loaded.record['step'], 'weights': weights, 'mixture': mixture}
+    return drawn, asdict(sampler) | {'interval': list(sampler.interval)} | setting
 
 # %% ../../nbs/tools/cli.ipynb #d18014d8
 def _common_side(samples: str, run: tuple | None, reference: str, size: int, columns: dict) -> int:
     "The side in pixels at which both sets are scored; a run draws images of its own size."
-    sides = {samples: run[0].config.input_size*run[3].downsample if run else side_of(samples, size)}
+    sides = {samples: run[0].model.config.input_size*run[1].downsample if run else side_of(samples, size)}
     sides[reference] = side_of(reference, size, *columns.values())
     return one_side(sides)
 
@@ -694,8 +704,14 @@ def _warn_of_differences(figures: dict, earlier: dict, against: str):
     if apart: print(f'these figures cannot be compared with {against}: {"; ".join(apart)}', file=sys.stderr)
 
 # %% ../../nbs/tools/cli.ipynb #3c874f86
-#: Help where an option is about the reference, while there are two sets of images.
-_REFERENCE_HELP = dict(
+def _of_a_run(**helps: str) -> dict:
+    "Help of the options that count only where samples are drawn."
+    comments = [docments(model, returns=False) for model in (_Scoring, *_DRAWING)]
+    known = {k: text for found in reversed(comments) for k, text in found.items() if text}
+    return {k: f'for a run: {" ".join(text.split())}' for k, text in (known | helps).items()}
+
+#: Help where an option is about the reference, while there are two sets of images, or about a run.
+_EVALUATE_HELP = _of_a_run(**_SAMPLER_HELP) | dict(
     split='which split of the reference; empty: the usual one, none: folders named like splits are classes',
     image_column='of a reference that is a table; empty takes the usual one',
     label_column='of a reference that is a table; empty takes the usual one, none takes no classes',
@@ -703,7 +719,7 @@ _REFERENCE_HELP = dict(
 
 # %% ../../nbs/tools/cli.ipynb #afd7d09b
 @command
-@options_from(_images, _Drawing, helps=_REFERENCE_HELP)
+@options_from(_images, _Scoring, *_DRAWING, leave_out=('interval',), helps=_EVALUATE_HELP)
 def slfm_evaluate(
     # image source of the samples, an .npz with arr_0, or a run folder of slfm_train to sample from
     samples: str,
@@ -727,14 +743,14 @@ def slfm_evaluate(
     for file in filter(None, (out, save_reference_to)):
         claim_file(file)
     earlier = _earlier(against) if against else {}
-    how, columns = _Drawing(**_chosen(_Drawing, options)), _chosen(_images, options)
-    run = _open_run(samples, how) if (Path(samples)/'checkpoints').is_dir() else None
+    columns, sampler, what = _chosen(_images, options), _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options))
+    run = _open_run(samples, what, sampler) if (Path(samples)/'checkpoints').is_dir() else None
     side = _common_side(samples, run, reference, size, columns)
     given = None if run else _opened(samples, side)
     real_images = None if is_npz(reference) else _images(reference, side, **columns)
     real = _reference(real_images, reference, extractor)
     if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
-    if run: drawn, setting = _draw_run(samples, run, how, real_images, extractor)
+    if run: drawn, setting = _draw_run(samples, run, options, real_images, extractor)
     else: drawn, setting = _features(given, samples, extractor), {}
     if run and not processes().is_main_process: return
     resized = 'none' if run or is_npz(samples) else f'centre crop, bicubic to {side} px'

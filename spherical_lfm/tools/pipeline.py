@@ -7,7 +7,6 @@ __all__ = ['FlowSchedulerOutput', 'FlowScheduler', 'SphericalSiTPipeline']
 
 # %% ../../nbs/tools/pipeline.ipynb #70026ad3
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 
 from ..engine.images import to_uint8
 from ..paths import FlowPath, arm_path
-from spherical_lfm.sampling import (
-    _latent_shape, _step_times, check_classes, check_guidance, guided_velocity, load_run, tokenizer_for,
-)
+from ..sampling import Sampler, _step_times, latent_shape, load_run, tokenizer_for, velocity_field
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer
 from ..solvers import METHODS
@@ -169,15 +166,14 @@ def __call__(self: SphericalSiTPipeline,
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
     net, path = self.transformer, self.scheduler.path
     y = torch.atleast_1d(torch.as_tensor(class_labels, device=self.device))
-    check_classes(y, net.config.num_classes, negative_class)
-    check_guidance(guidance_scale, guidance_interval)
+    self.scheduler.set_timesteps(num_inference_steps)
+    method, shift = self.scheduler.config.method, self.scheduler.config.shift
+    sampler = Sampler(num_inference_steps, method, guidance_scale, guidance_interval, negative_class, shift)
+    field = velocity_field(net, path, y, sampler)
     if isinstance(generator, list) and len(generator) != len(y):
         raise ValueError(f'{len(generator)} generators were given for {len(y)} images')
-    z = _draw(path, (len(y), *_latent_shape(net)), generator, self.device)
-    guided = partial(guided_velocity, net, path, y=y, guidance=guidance_scale, interval=guidance_interval,
-                     null_class=net.config.num_classes, negative=negative_class)
-    self.scheduler.set_timesteps(num_inference_steps)
+    z = _draw(path, (len(y), *latent_shape(net)), generator, self.device)
     for t in self.progress_bar(self.scheduler.timesteps.tolist()):
-        z = self.scheduler.step(guided(z, t), t, z).prev_sample
+        z = self.scheduler.step(field(z, t), t, z).prev_sample
     images = _decoded(z, self.tokenizer.to(self.device), output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)

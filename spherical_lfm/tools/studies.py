@@ -43,7 +43,9 @@ from spherical_lfm.probes import (
     equal_displacement, find_partners, probe_swaps, radius_response, sensitivity, summarise_swaps,
     swap_displacement, swap_strip,
 )
-from ..sampling import initial_noise, load_run, sample
+from spherical_lfm.sampling import (
+    Sampler, initial_noise, latent_shape, load_run, sample, trajectory, velocity_field,
+)
 from ..solvers import METHODS
 from ..sit import SiT
 from ..sphere import angle
@@ -249,11 +251,9 @@ def evolution(
         raise ValueError(f'shown must be at least 2 and steps a multiple of shown - 1, got {shown} and {steps}')
     where = next(tokenizer.parameters()).device
     model, path, _ = load_run(run, device=where)
-    shape = model.config.in_channels, model.config.input_size, model.config.input_size
-    noise = initial_noise(path, shape, range(len(labels)), seed).to(where)
-    passed = [(0., noise)]
-    sample(model, path, labels, steps=steps, noise=noise, on_step=lambda t, z: passed.append((t, z)))
-    passed = passed[::steps//(shown - 1)]
+    noise = initial_noise(path, latent_shape(model), range(len(labels)), seed).to(where)
+    on_the_way = trajectory(velocity_field(model, path, labels), path, noise, Sampler(steps).times)
+    passed = [(0., noise), *on_the_way][::steps//(shown - 1)]
     return {
         'times': [t for t, _ in passed],
         'images': torch.stack([tokenizer.decode(z).cpu() for _, z in passed]),
@@ -780,13 +780,13 @@ class _Counted(torch.nn.Module):
         return self.model(z, t, y)
 
 # %% ../../nbs/tools/studies.ipynb #8f45a207
-def _solver_settings(budgets: tuple, tolerances: tuple) -> Iterator[tuple[str, dict]]:
-    "Every method with the options of `sample` that it is measured at."
+def _solver_settings(budgets: tuple, tolerances: tuple) -> Iterator[Sampler]:
+    "Every method at every budget or tolerance."
     for method, solver in METHODS.items():
         for n in budgets:
-            yield method, {'steps': max(1, n//solver.evaluations)}
+            yield Sampler(max(1, n//solver.evaluations), method)
     for tolerance in tolerances:
-        yield 'adaptive', {'tolerance': tolerance}
+        yield Sampler(method='adaptive', tolerance=tolerance)
 
 # %% ../../nbs/tools/studies.ipynb #e9bb96b8
 def solver_study(
@@ -804,19 +804,19 @@ def solver_study(
         reference = _prepare_digits(preset, folder, progress)
         run_arm(preset, 'spherical-slerp', folder/'latents', reference, folder/'run', curve=False, progress=progress)
         y = digits_images('train')[1][:preset.samples]
-        rows = [_measure_solver(folder/'run', y, reference, method, options)
-                for method, options in _solver_settings(budgets, tolerances)]
+        rows = [_measure_solver(folder/'run', y, reference, s) for s in _solver_settings(budgets, tolerances)]
     result = {'rows': rows, 'samples': preset.samples, 'environment': environment([0])}
     write_json(path, result)
     return result
 
 # %% ../../nbs/tools/studies.ipynb #255d7206
-def _measure_solver(run: Path, y: Tensor, reference: dict, method: str, options: dict) -> dict:
+def _measure_solver(run: Path, y: Tensor, reference: dict, sampler: Sampler) -> dict:
     "Evaluations per sample and Fréchet distance of a run's samples by one solver."
     model, path, _ = load_run(run)
     counted = _Counted(model)
-    z = sample(counted, path, y, method=method, batch_size=len(y), **options)
+    z = sample(counted, path, y, sampler, batch_size=len(y))
     with torch.no_grad():
         features = extract_features(load_tokenizer('digits', spherical=True).decode(z), 'digits')
     fd = score_features({'features': features}, reference, ('fid',), extractor='digits')['fd']
-    return {'method': method, 'evaluations': counted.calls, **options, 'fd': fd}
+    asked = 'tolerance' if sampler.method == 'adaptive' else 'steps'
+    return {'method': sampler.method, 'evaluations': counted.calls, asked: getattr(sampler, asked), 'fd': fd}
