@@ -28,7 +28,7 @@ from .engine.files import atomic_write
 from .engine.latents import LatentDataset, LatentLoader, send_to
 from spherical_lfm.engine.runs import (
     ResumableRun, checkpoints, optimizer_tensors, remove_checkpoint, restore_optimizer, seal, seeded_generator,
-    swapped_weights,
+    swapped_weights, tracker_names,
 )
 from .paths import FlowPath, arm_path, shift_time
 from .sit import SiT
@@ -65,7 +65,7 @@ class TrainConfig:
     log_every: int = 100           # steps between lines of log.jsonl
     checkpoint_every: int = 10_000 # steps between checkpoints
     keep: int = 0                  # newest checkpoints that are kept; 0 keeps all
-    tensorboard: bool = False      # write the log for TensorBoard as well
+    trackers: str = ''             # comma-separated trackers that get the log as well, such as tensorboard,wandb
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
@@ -256,7 +256,7 @@ def _place(net: SiT, config: TrainConfig, accelerator: Accelerator, sharded: boo
 # %% ../nbs/08_training.ipynb #9767a37b
 class Trainer(ResumableRun):
     "Trains a `SiT` on cached latents into a run folder; `fit()` continues from the newest whole checkpoint, if any."
-    free = ResumableRun.free + ('accumulate', 'checkpointing', 'parallel', 'keep', 'tensorboard')
+    free = ResumableRun.free + ('accumulate', 'checkpointing', 'parallel', 'keep', 'trackers')
     memory_advice = 'raise accumulate, or set precision bf16, checkpointing, or parallel fsdp on several GPUs'
     order_of_data: Callable[..., None] #: these are given below
     draws: Callable[..., tuple]
@@ -278,7 +278,8 @@ class Trainer(ResumableRun):
         self.path = arm_path(config.arm, config.project_velocity)
         classes = classes or data.classes
         _check_data(config, self.path, data, classes)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), log_with=tracker_names(config.trackers), project_dir=self.out)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         _check_share(config, self.world)
         if self.device.type == 'cuda' and config.tf32: torch.set_float32_matmul_precision('high')

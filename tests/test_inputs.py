@@ -22,6 +22,7 @@ from spherical_lfm.engine.features import feature_function, lpips_distance, sema
 from spherical_lfm.engine.files import read_json, write_json
 from spherical_lfm.engine.images import ImageSource, digits_images, to_uint8
 from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.runs import tracker_names
 from spherical_lfm.engine.weights import open_tensors
 from spherical_lfm.fidelity import load_reference, npz_batches, score_features, source_batches
 from spherical_lfm.paths import SlerpPath, shift_time
@@ -325,6 +326,7 @@ FUNCTIONS = [
     (lambda p: pipeline(num_inference_steps=0), ValueError, 'at least 1'),
     (lambda p: shift_time(torch.tensor(.5), -1), ValueError, 'must be positive'),
     (lambda p: TrainConfig(lr=0.), ValueError, 'lr must be at least'),
+    (lambda p: tracker_names('tensorboard, abacus'), ValueError, "unknown tracker 'abacus': choose of .*tensorboard"),
     (lambda p: TrainConfig(weight_decay=-1.), ValueError, 'weight_decay must be at least 0'),
     (lambda p: FinetuneConfig(ema_decay=2.), ValueError, 'ema_decay must be 0 to 1'),
     (lambda p: FinetuneConfig(discriminator_layers=0), ValueError, 'discriminator_layers must be at least 1'),

@@ -448,10 +448,12 @@ def bootstrap_interval(
     seed: int = 0                 # of the draws
 ) -> tuple[float, float, float]: # statistic, lower and upper end
     "A statistic of per-image values with its percentile bootstrap interval."
-    v, rng = np.asarray(values), np.random.default_rng(seed)
-    draws = [statistic(v[rng.integers(0, len(v), len(v))]) for _ in range(resamples)]
-    low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
-    return float(statistic(v)), float(low), float(high)
+    from scipy.stats import bootstrap # a second that most users of this module need not wait
+    v = np.asarray(values)
+    if len(v) == 1: return (float(statistic(v)),)*3 # one image says nothing of others
+    found = bootstrap((np.arange(len(v)),), lambda rows: statistic(v[rows]), vectorized=False, n_resamples=resamples,
+                      confidence_level=level, method='percentile', random_state=np.random.default_rng(seed))
+    return float(statistic(v)), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 # %% ../../nbs/engine/features.ipynb #30b610eb
 def frechet_distance(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seeded_generator', 'DataOrder', 'Prefetcher', 'checkpoints', 'seal', 'newest_checkpoint', 'remove_checkpoint',
-           'optimizer_tensors', 'restore_optimizer', 'swapped_weights', 'ResumableRun']
+           'optimizer_tensors', 'restore_optimizer', 'swapped_weights', 'ResumableRun', 'tracker_names']
 
 # %% ../../nbs/engine/runs.ipynb #94bae5fd
 import json
@@ -14,12 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -318,7 +319,6 @@ class ResumableRun:
     memory_advice = 'lower the batch size' #: what to do when memory runs out
     purpose = 'a run' #: what the manifest of its folder says
     step, seconds, _stop = 0, 0., False
-    _board: Any = None
     _saved_at: int | None = None
     accelerator: Accelerator
     config: Any
@@ -379,8 +379,7 @@ def _loop(self: ResumableRun, until: int | None, progress: bool) -> dict:
     self._since = _Interval(time.perf_counter())
     show = progress and self.accelerator.is_main_process
     bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not show)
-    board = closing(self._board) if self._board else nullcontext()
-    with _on_signals(self._stop_soon), board, closing(bar):
+    with _on_signals(self._stop_soon), _trackers(self.accelerator), closing(bar):
         while self.step < end and not self._should_stop():
             with _enough_memory(self.step, self.memory_advice):
                 found = self.train_step()
@@ -413,17 +412,33 @@ def _open(self: ResumableRun):
     if self.accelerator.is_main_process:
         write_json(self.out/'run.json', self.info)
         _RunLog(self.out).cut(self.step)
-        if getattr(self.config, 'tensorboard', False): self._board = _tensorboard(self.out, self.step)
+    told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.info['config'].items()}
+    purge = {'tensorboard': {'purge_step': self.step + 1}} # what is made again counts
+    self.accelerator.init_trackers(self.name, told, purge)
     self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/engine/runs.ipynb #b626dc66
-def _tensorboard(run: Path, step: int) -> Any:
-    "A writer for TensorBoard that forgets what it has after a step."
+def tracker_names(
+    trackers: str # comma-separated, such as 'tensorboard,wandb'
+) -> list[str]: # for `Accelerator(log_with=...)`
+    "Names of experiment trackers. Raises `ValueError` for one that accelerate does not know or that is not installed."
+    names = [n.strip() for n in trackers.split(',') if n.strip()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f'unknown tracker {name!r}: choose of {", ".join(LOGGER_TYPE_TO_CLASS)}')
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f'tracker {name} is not installed: pip install {name}')
+    return names
+
+@contextmanager
+def _trackers(accelerator: Accelerator) -> Iterator[None]:
+    "Let trackers finish; the accelerator goes on, which `end_training` would end as well."
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise ValueError('TensorBoard is not installed: pip install tensorboard, or leave tensorboard off') from e
-    return SummaryWriter(run/'tensorboard', purge_step=step + 1)
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers.clear()
 
 # %% ../../nbs/engine/runs.ipynb #05efd0b1
 @patch
@@ -491,8 +506,7 @@ def _log(self: ResumableRun, row: dict):
     if not self.accelerator.is_main_process: return
     row = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()} # JSON has no NaN
     _RunLog(self.out).append(row)
-    for k, v in row.items() if self._board else ():
-        if v is not None: self._board.add_scalar(k, v, row['step'])
+    self.accelerator.log({k: v for k, v in row.items() if v is not None and k != 'step'}, step=row['step'])
 
 # %% ../../nbs/engine/runs.ipynb #076da69a
 @patch

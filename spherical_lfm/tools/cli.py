@@ -510,7 +510,6 @@ _TRAIN_HELP = dict(
     no_tf32='no TF32 in float32 matrix products',
     accumulate='parts into which a process cuts its share of the batch: less memory',
     parallel='several processes: ddp or fsdp',
-    tensorboard='write OUT/tensorboard as well',
 )
 
 # %% ../../nbs/tools/cli.ipynb #c196a6f7
