@@ -21,7 +21,7 @@ def token_norm(
     dim: int = 1,         # the token axis
     keepdim: bool = False # keep `dim` with size 1
 ) -> Tensor: # |z|, `z` without `dim` (or with size 1 there)
-    "Euclidean length of every token, safe from overflow and underflow; gradient 0 at a zero token."
+    "Euclidean norm of every token, safe from overflow and underflow; gradient 0 at a zero token."
     x, out = lift(z)
     scale = x.detach().abs().amax(dim, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)
@@ -32,13 +32,13 @@ def token_norm(
 def chi_mean(
     d: int # dimensions
 ) -> float: # E|e|
-    "Mean length of a standard normal vector: sqrt(2) Γ((d+1)/2)/Γ(d/2)."
+    "Mean norm of a standard normal vector: sqrt(2) Γ((d+1)/2)/Γ(d/2)."
     return math.sqrt(2)*math.exp(math.lgamma((d + 1)/2) - math.lgamma(d/2))
 
 def chi_variance(
     d: int # dimensions
 ) -> float: # Var|e|, tends to 1/2
-    "Variance of the length of a standard normal vector: d - (E|e|)^2."
+    "Variance of the norm of a standard normal vector: d - (E|e|)^2."
     return d - chi_mean(d)**2 if d < 100 else .5 - 1/(8*d) - 1/(16*d**2)
 
 def shell_tail_bound(
@@ -56,7 +56,7 @@ def norm_stats(
     z: Tensor,   # latents [B, d, h, w] (or any shape with tokens along `dim`)
     dim: int = 1 # the token axis
 ) -> dict: # floats: 'mean', 'std', 'cv', 'mean_over_sqrt_d', 'min', 'max'; ints: 'd', 'count'
-    "Token lengths in summary, in float64. Raises `ValueError` for latents without tokens or with NaN or Inf."
+    "Token norms in summary, in float64. Raises `ValueError` for latents without tokens or with NaN or Inf."
     if not z.numel(): raise ValueError(f'there are no tokens in latents of shape {tuple(z.shape)}')
     r, d = token_norm(z.double(), dim), z.shape[dim]
     if not torch.isfinite(r).all(): raise ValueError('latents contain NaN or Inf')
@@ -70,7 +70,7 @@ def radial_share(
     v: Tensor,   # velocities, same shape
     dim: int = 1 # the token axis
 ) -> float: # in [0, 1]
-    """Share of a velocity's power that changes token lengths: E[<v, z/|z|>^2]/E|v|^2.
+    """Share of a velocity's power that changes token norms: E[<v, z/|z|>^2]/E|v|^2.
 
     Raises `ValueError` if shapes differ.
     """
@@ -89,7 +89,7 @@ def path_norms(
     z1: Tensor,            # data, same shape
     times: Tensor          # times to look at [n]
 ) -> dict: # 'mean', 'std', 'radial_share': [n] each
-    "Token length along a path (mean and spread) and the radial share of its velocity."
+    "Token norm along a path (mean and spread) and the radial share of its velocity."
     rows = []
     for t in times:
         z, v = interpolate(z0, z1, t.to(z0).expand(len(z0)))
@@ -103,40 +103,40 @@ def chord_radial_share(
     r0: float = 1.,    # radius of the noise
     r1: float = 1.     # radius of the data, in the same unit
 ) -> Tensor: # ρ(t), shape of `t`
-    "Closed form of the radial share of a chord between independent directions of fixed lengths."
+    "Closed form of the radial share of the linear path between independent directions of fixed norms."
     t = torch.as_tensor(t, dtype=torch.float64)
     return (t*r1**2 - (1 - t)*r0**2)**2/(((1 - t)**2*r0**2 + t**2*r1**2)*(r0**2 + r1**2))
 
 # %% ../nbs/01_concentration.ipynb #790b847f
 def off_shell_distance(
-    norms: Tensor,             # mean token length along the path [n]
-    shells: tuple[tuple, tuple] # (mean, std) of the token lengths of noise and of data
+    norms: Tensor,             # mean token norm along the path [n]
+    shells: tuple[tuple, tuple] # (mean, std) of the token norms of noise and of data
 ) -> float: # in units of σ
-    "Largest distance of a path from the nearer endpoint shell, in units of that shell's standard deviation."
+    "Largest distance of a path from the mean of the nearer endpoint shell, in units of that shell's standard deviation."
     return torch.stack([(norms - mean).abs()/std for mean, std in shells]).min(0).values.max().item()
 
 # %% ../nbs/01_concentration.ipynb #673c306a
 def isotropic_pair(
     d: int,            # token dimension
-    radius: float,     # mean length of data tokens over sqrt(d)
+    radius: float,     # mean norm of data tokens over sqrt(d)
     cv: float,         # their coefficient of variation
     count: int = 4096, # pairs
     seed: int = 0      # of the draws
 ) -> tuple[Tensor, Tensor]: # Gaussian noise and data [count, d, 1, 1]
-    "Gaussian noise and data with independent isotropic directions and normal lengths of given mean and spread."
+    "Gaussian noise and data with independent isotropic directions and normally distributed norms of given mean and spread."
     g = torch.Generator().manual_seed(seed)
     noise, direction, length = (torch.randn(count, n, 1, 1, generator=g, dtype=torch.float64) for n in (d, d, 1))
     return noise, direction/token_norm(direction, keepdim=True)*(radius*math.sqrt(d)*(1 + cv*length)).clamp_min(1e-3)
 
 # %% ../nbs/01_concentration.ipynb #0c5fec97
 def pair_profile(
-    r0: Tensor,    # token lengths of noise [N]
-    r1: Tensor,    # token lengths of data [N]
+    r0: Tensor,    # token norms of noise [N]
+    r1: Tensor,    # token norms of data [N]
     theta: Tensor, # angles between them [N], in radians
     times: Tensor, # [T]
-    d: int         # token dimension: the arc runs at radius sqrt(d)
-) -> dict: # 'linear', 'shell', 'slerp' -> (length [N, T], radial speed [N, T], power [N, T])
-    "Lengths, radial speeds and powers of velocities along the three paths, from lengths and angle alone (float64)."
+    d: int         # token dimension: slerp runs at radius sqrt(d)
+) -> dict: # 'linear', 'shell', 'slerp' -> (norm [N, T], radial speed [N, T], power [N, T])
+    "Norms, radial speeds and powers of velocities along the three paths, from norms and angle alone (float64)."
     r0, r1, theta = (x.double()[:, None] for x in (r0, r1, theta))
     t, dot = times.double()[None].to(r0.device), r0*r1*theta.cos()
     chord = ((1 - t)**2*r0**2 + t**2*r1**2 + 2*t*(1 - t)*dot).clamp_min(0).sqrt()

@@ -541,7 +541,7 @@ resize: {{ protocol.resize }}, {{ protocol.bits }} bits;
 sampler {{ protocol.solver }}, {{ protocol.solver_steps }} steps, guidance {{ protocol.guidance }}.
 One seed: differences of this size move with the seed, and raw losses of different arms cannot be compared.
 Seconds count training alone.</p>
-<h2>Geometry</h2><p>Mean token length {{ '%.3f' % geometry.mean_over_sqrt_d }} √d, coefficient of variation
+<h2>Geometry</h2><p>Mean token norm {{ '%.3f' % geometry.mean_over_sqrt_d }} √d, coefficient of variation
 {{ '%.3f' % geometry.cv }}. Radial share of the velocity at t = 0, ½, 1:
 chord {{ shares.linear }}; arc {{ shares.slerp }}.
 Swapping lengths moves a decoded image by {{ '%.3f' % geometry.swap.radius }}, directions by
@@ -575,9 +575,9 @@ def _geometry_pictures(found: dict, tokenizer: Tokenizer) -> Iterator[tuple[str,
     norms = {k: (TIMES, c) for k, c in found['curves'].items()}
     shares = {k: (TIMES, c['radial_share']) for k, c in found['curves'].items()}
     radii = norm_stats(noise)['mean'], norm_stats(z)['mean']
-    yield ('Token lengths and the Gaussian shell',
+    yield ('Token norms and the Gaussian shell',
            _png(plot_norms({'noise': noise, 'tokens': z}).figure))
-    yield ('Token length along the four paths, with one standard deviation',
+    yield ('Token norm along the four paths, with one standard deviation',
            _png(plot_path_norms(norms, z.shape[1]).figure))
     yield ('Share of the velocity that changes lengths, with the closed form of the chord at the mean radii',
            _png(plot_radial_share(shares, chord_radial_share(TIMES, *radii)).figure))

@@ -80,7 +80,7 @@ LAST = [SOLVERS[m, max(n for k, n in SOLVERS if k == m)] for m in ('heun', 'rk4'
 GUIDED = [v for arm in (ARC, SHELL, SPHERE, CHORD) for v in off(arm)]
 CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('05_probes', 'scaling all tokens changes pixels {:.1f} to {:.1f} times as much as rotating them', scaled()),
-    ('05_probes', 'scaling one bin of lengths {:.1f} to {:.1f} times as much', in_bins()),
+    ('05_probes', 'scaling one bin of radii {:.1f} to {:.1f} times as much', in_bins()),
     ('05_probes', 'shortening is {:.1f} to {:.1f} times *worse* than rotating', scaled('efficientnet', 'shorter', 1.)),
     ('05_probes', 'while it is small ({:.1f} to {:.1f} times as much', scaled('efficientnet', 'longer', .2)),
     ('05_probes', 'when it is large ({:.1f} to {:.1f} times at 1)', at_one('longer')),

@@ -42,7 +42,7 @@ def plot_norms(
     latents: dict,  # name -> latents [B, d, h, w] or `TokenStatistics`, all of one d
     ax=None         # matplotlib axes; None makes a figure
 ):
-    "Histograms of token length / sqrt(d) with the density of the Gaussian shell; returns the axes."
+    "Histograms of token norm / sqrt(d) with the density of the Gaussian shell; returns the axes."
     import matplotlib.pyplot as plt
     import numpy as np
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
@@ -82,14 +82,14 @@ def plot_path_norms(
     d: int,              # token dimension
     ax=None              # matplotlib axes; None makes a figure
 ):
-    "Mean token length / sqrt(d) over time with bands of one standard deviation; returns the axes."
+    "Mean token norm / sqrt(d) over time with bands of one standard deviation; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for name, (times, c) in curves.items():
         mean, std = c['mean']/math.sqrt(d), c['std']/math.sqrt(d)
         line, = ax.plot(times, mean, label=name, **path_style(name))
         ax.fill_between(times, mean - std, mean + std, alpha=.12, color=line.get_color())
-    ax.set(xlabel='t (noise to data)', ylabel='token length / $\\sqrt{d}$')
+    ax.set(xlabel='t (noise to data)', ylabel='token norm / $\\sqrt{d}$')
     ax.legend(fontsize=8)
     return ax
 
@@ -107,7 +107,7 @@ def plot_swaps(
     table = pd.DataFrame(rows, columns=['swap', distance])
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     sns.violinplot(table, x='swap', y=distance, hue='swap', cut=0, density_norm='width', legend=False, ax=ax)
-    ax.set(xlabel='', ylabel=f'{distance} distance from the anchor')
+    ax.set(xlabel='', ylabel=f'{distance} distance')
     return ax
 
 # %% ../../nbs/engine/plots.ipynb #4c38c527
@@ -136,7 +136,7 @@ def plot_response(
     rows: list, # from `radius_response`
     ax=None     # matplotlib axes; None makes a figure
 ):
-    "Local change per layer of token length, for scaling and rotating; returns the axes."
+    "Local change per bin of token norm, for scaling and rotating; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3.2), layout='constrained')[1]
     x = [r['mean_over_sqrt_d'] for r in rows]
@@ -144,7 +144,7 @@ def plot_response(
         y, low, high = zip(*(r[kind] for r in rows))
         ax.plot(x, y, style, ms=4, label=f'{kind}, same displacement')
         ax.fill_between(x, low, high, alpha=.2)
-    ax.set(xlabel='token length / $\\sqrt{d}$ of the layer', ylabel='change of its pixels', ylim=(0, None))
+    ax.set(xlabel='mean radius of the bin / $\\sqrt{d}$', ylabel='local pixel distance', ylim=(0, None))
     ax.legend(fontsize=8)
     return ax
 
@@ -166,14 +166,14 @@ def plot_distance_curves(
 
 # %% ../../nbs/engine/plots.ipynb #f6f7489f
 def _draw_shell(ax, x, d: int, width: float = 1.5):
-    "The density of Gaussian token length / sqrt(d) at `x`, a line of this width; names the axes."
+    "The density of Gaussian token norm / sqrt(d) at `x`, a line of this width; names the axes."
     from scipy.stats import chi
     ax.plot(x, chi.pdf(x*math.sqrt(d), d)*math.sqrt(d), 'k', lw=width, label=f'Gaussian shell, d = {d}')
-    ax.set(xlabel='token length / $\\sqrt{d}$', ylabel='density')
+    ax.set(xlabel='token norm / $\\sqrt{d}$', ylabel='density')
 
 # %% ../../nbs/engine/plots.ipynb #3cdbdb2b
 def _draw_lengths(ax, raw: dict, processed: dict):
-    "Histograms of token length before and after standardisation."
+    "Histograms of token norm before and after standardisation."
     for label, x in (('raw latents', raw['histogram']), ('flow coordinates', processed['histogram'])):
         ax.stairs(x['density'], x['edges_over_sqrt_d'], fill=True, alpha=.5, label=label)
     _draw_shell(ax, torch.linspace(0, max(ax.get_xlim()), 400).numpy(), processed['d'], 1.2)
@@ -218,7 +218,7 @@ def plot_geometry(
 def plot_evolution(
     found: dict # name -> from `evolution`
 ):
-    "One panel per run: a column per time, a row per sample, mean token lengths below; returns the figure."
+    "One panel per run: a column per time, a row per sample, mean token norms below; returns the figure."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(found), figsize=(5.4*len(found), 3.6), squeeze=False, layout='constrained')
     for ax, (name, f) in zip(axes[0], found.items()):

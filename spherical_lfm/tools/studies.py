@@ -60,7 +60,7 @@ from ..sphere import project
 PATH_NAMES = ('linear', 'shell', 'slerp')
 
 class TokenStatistics:
-    """Token lengths of a stream of latents, and lengths and radial shares along the three paths from noise to them.
+    """Token norms of a stream of latents, and lengths and radial shares along the three paths from noise to them.
 
     Memory does not grow with the stream.
     """
@@ -137,7 +137,7 @@ def merge(
 def density(
     self: TokenStatistics
 ) -> tuple: # (edges [n + 1], density [n]) of length / sqrt(d), as arrays
-    "Histogram of token length / sqrt(d) where there are tokens, as a density. Raises `ValueError` without tokens."
+    "Histogram of token norm / sqrt(d) where there are tokens, as a density. Raises `ValueError` without tokens."
     inside = self._bins[1:-1]
     used = inside.nonzero().flatten()
     if not len(used): raise ValueError('no tokens have been seen')
@@ -168,7 +168,7 @@ def _rounded(x, digits: int = 6) -> list[float]:
     return [round(v, digits) for v in x.tolist()]
 
 def _length_summary(s: TokenStatistics) -> dict:
-    "Token lengths as numbers, beside those of Gaussian noise."
+    "Token norms as numbers, beside those of Gaussian noise."
     n, root = s.lengths, math.sqrt(s.d)
     mean, std = n.mean.item(), n.std.item()
     edges, density = s.density()
@@ -367,7 +367,7 @@ def analyze_tokens(
     order: Tensor | None = None,# numbers of the images; None draws a random order
     progress: bool = True       # show a progress bar
 ) -> tuple[Tokenizer, TokenStatistics, TokenStatistics]: # the tokenizer in its flow coordinates; raw, processed tokens
-    "Token lengths and path geometry over a stream of images. Raises `ValueError` if no image can be read."
+    "Token norms and path geometry over a stream of images. Raises `ValueError` if no image can be read."
     check_range(1, limit=limit, batch_size=batch_size, pack=pack, hold=hold)
     tokenizer.latent_shape(source.size, source.size)
     rank, world = processes().process_index, processes().num_processes
