@@ -85,7 +85,7 @@ def _endpoints(z0: Tensor, z1: Tensor, t: Tensor) -> Tensor:
 
 # %% ../nbs/03_paths.ipynb #1f58fda6
 class LinearPath(FlowPath):
-    "Straight chord from Gaussian noise (or, with `spherical=True`, from the sphere) to data."
+    "Linear path from Gaussian noise (or, with `spherical=True`, from the sphere) to data."
     def __init__(self,
         spherical: bool = False # noise and data on the sphere
     ): self.spherical = spherical
@@ -101,7 +101,7 @@ class LinearPath(FlowPath):
 
 # %% ../nbs/03_paths.ipynb #939b2878
 class ShellPath(FlowPath):
-    "Direction by slerp, length linearly; Gaussian noise, data of any length."
+    "Direction by slerp, norm linearly; Gaussian noise, data of any norm."
     def interpolate(self,
         z0: Tensor, # noise [B, d, h, w]
         z1: Tensor, # data, same shape
@@ -116,7 +116,7 @@ class ShellPath(FlowPath):
 
 # %% ../nbs/03_paths.ipynb #fe14f74f
 class SlerpPath(FlowPath):
-    "Great circle from uniform noise to data on the sphere of radius sqrt(d)."
+    "Slerp (geodesic) path from uniform noise to data on the sphere of radius sqrt(d)."
     spherical = True
 
     def __init__(self,
@@ -144,10 +144,10 @@ class SlerpPath(FlowPath):
         z: Tensor, # positions
         v: Tensor, # velocities, projected to the tangent space first
         dt: float  # time step
-    ) -> Tensor: # next positions, of the same token lengths
+    ) -> Tensor: # next positions, of the same token norms
         """exp_z(dt Pi_z(v)), or P(z + dt v) without `exponential`.
 
-        Rescaled to the length of `z`, so that rounding does not add up over steps.
+        Rescaled to the norm of `z`, so that rounding does not add up over steps.
         """
         moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
         return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
@@ -156,8 +156,8 @@ class SlerpPath(FlowPath):
         z: Tensor, # where `v` lives
         w: Tensor, # where it is wanted
         v: Tensor  # velocities at `z`
-    ) -> Tensor: # velocities at `w`, of the same lengths
-        "Parallel transport along the arc from `z` to `w`."
+    ) -> Tensor: # velocities at `w`, of the same norms
+        "Parallel transport along the geodesic from `z` to `w`."
         return sphere.transport(z, w, sphere.tangent(z, v))
 
     def dexp_inverse(self,
@@ -182,12 +182,12 @@ ARMS = {
 
 def arm_path(
     arm: str,                      # a key of `ARMS`
-    project_velocity: bool = True, # False: the arc without its tangent projection (`spherical-slerp` only)
-    exponential: bool = True       # False: the arc by straight steps and renormalisation (`spherical-slerp` only)
+    project_velocity: bool = True, # False: slerp without its tangent projection (`spherical-slerp` only)
+    exponential: bool = True       # False: slerp by straight steps and renormalisation (`spherical-slerp` only)
 ) -> FlowPath: # its path
     """FlowPath of an arm by name.
 
-    Raises `ValueError` listing the arms for an unknown one, or if a switch of the arc is set for another arm.
+    Raises `ValueError` listing the arms for an unknown one, or if a switch of slerp is set for another arm.
     """
     if arm not in ARMS: raise ValueError(f'unknown arm {arm!r}: choose one of {", ".join(ARMS)}')
     if project_velocity and exponential: return ARMS[arm]

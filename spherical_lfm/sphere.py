@@ -77,7 +77,7 @@ def tangent(
 
 # %% ../nbs/02_sphere.ipynb #3c5deb7a
 def angle(
-    z: Tensor,   # tokens along `dim`, any length
+    z: Tensor,   # tokens along `dim`, any norm
     w: Tensor,   # same shape
     dim: int = 1 # the token axis
 ) -> Tensor: # theta in [0, pi], without `dim`
@@ -88,7 +88,7 @@ def angle(
 
 # %% ../nbs/02_sphere.ipynb #94db1213
 class Frame(NamedTuple):
-    "The rhombus of two tokens of equal length: its diagonals, and numbers of size 1 along the token axis."
+    "The rhombus of two tokens of equal norm: its diagonals, and numbers of size 1 along the token axis."
     m: Tensor         # the diagonal z0 + z1, which points to the middle of the arc
     h: Tensor         # the diagonal z1 - z0
     tilt: Tensor      # such that m - tilt h is orthogonal to h
@@ -118,7 +118,7 @@ def _way_out(h: Tensor, len_h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/02_sphere.ipynb #a3eacd40
 def _rhombus(z0: Tensor, z1: Tensor, dim: int) -> tuple[Frame, Tensor, Tensor]:
-    "Frame of the arc between two tokens of equal length, half its angle θ/2, and the radius R."
+    "Frame of the great circle between two tokens of equal norm, half its angle θ/2, and the radius R."
     m, h = z0 + z1, z1 - z0
     mm, hh, mh = (m*m).sum(dim, keepdim=True), (h*h).sum(dim, keepdim=True), (m*h).sum(dim, keepdim=True)
     tilt, straight = _straighten(mm, hh, mh)
@@ -150,11 +150,11 @@ def _sinc(x: Tensor):
 
 def geodesic(
     z0: Tensor,                # start, tokens along `dim`
-    z1: Tensor,                # end, same shape and token lengths
+    z1: Tensor,                # end, same shape and token norms
     t: float | Tensor,         # time in [0, 1]: a number or one per sample [B]
     dim: int = 1               # the token axis
 ) -> tuple[Tensor, Tensor]: # (z_t, v_t)
-    """Point and velocity of the great circle arc from `z0` (t=0) to `z1` (t=1), per token.
+    """Point and velocity of the great circle from `z0` (t=0) to `z1` (t=1), per token.
 
     z_t = R (cos φ m̂ + sin φ ĥ), v_t = θR (-sin φ m̂ + cos φ ĥ), φ = (t - 1/2)θ: equal to slerp, |z_t| = R and
     |v_t| = Rθ. Raises `ValueError` for shapes that do not match. Antipodal tokens travel over the first axis (the
@@ -178,25 +178,25 @@ def geodesic(
 # %% ../nbs/02_sphere.ipynb #59a298c7
 def slerp(
     z0: Tensor,        # start, tokens along `dim`
-    z1: Tensor,        # end, same shape and token lengths
+    z1: Tensor,        # end, same shape and token norms
     t: float | Tensor, # time in [0, 1]: a number or one per sample [B]
     dim: int = 1       # the token axis
 ) -> Tensor: # z_t, same shape
-    "Point of the great circle arc at time `t`: [sin((1-t)θ) z0 + sin(tθ) z1]/sin θ, in the stable form of `geodesic`."
+    "Point of the great circle at time `t`: [sin((1-t)θ) z0 + sin(tθ) z1]/sin θ, in the stable form of `geodesic`."
     return geodesic(z0, z1, t, dim)[0]
 
 def slerp_velocity(
     z0: Tensor,        # start, tokens along `dim`
-    z1: Tensor,        # end, same shape and token lengths
+    z1: Tensor,        # end, same shape and token norms
     t: float | Tensor, # time in [0, 1]: a number or one per sample [B]
     dim: int = 1       # the token axis
 ) -> Tensor: # v_t, same shape
-    "Velocity of the arc at time `t`: θ/sin θ [cos(tθ) z1 - cos((1-t)θ) z0], in the stable form of `geodesic`."
+    "Velocity of the great circle at time `t`: θ/sin θ [cos(tθ) z1 - cos((1-t)θ) z0], in the stable form of `geodesic`."
     return geodesic(z0, z1, t, dim)[1]
 
 # %% ../nbs/02_sphere.ipynb #842853e1
 def exp_map(
-    z: Tensor,   # points, tokens along `dim`; the radius R is their length
+    z: Tensor,   # points, tokens along `dim`; the radius R is their norm
     u: Tensor,   # tangent vectors at `z`, same shape
     dim: int = 1 # the token axis
 ) -> Tensor: # exp_z(u), same shape
@@ -210,9 +210,9 @@ def exp_map(
 # %% ../nbs/02_sphere.ipynb #71bd9109
 def log_map(
     z: Tensor,   # points, tokens along `dim`
-    w: Tensor,   # targets of the same token lengths
+    w: Tensor,   # targets of the same token norms
     dim: int = 1 # the token axis
-) -> Tensor: # log_z(w), tangent at `z`, of length Rθ
+) -> Tensor: # log_z(w), tangent at `z`, of norm Rθ
     "Tangent vector at `z` whose exponential map is `w`; antipodal tokens follow the rule of `geodesic`."
     return geodesic(z, w, 0., dim)[1]
 
@@ -225,11 +225,11 @@ def _dot(v: Tensor, w: Tensor, dim: int) -> Tensor:
 # %% ../nbs/02_sphere.ipynb #ed11485f
 def transport(
     z: Tensor,   # start, tokens along `dim`
-    w: Tensor,   # end, same token lengths
+    w: Tensor,   # end, same token norms
     v: Tensor,   # tangent vectors at `z`
     dim: int = 1 # the token axis
-) -> Tensor: # tangent vectors at `w`, of the same lengths
-    """Parallel transport of `v` along the arc from `z` to `w`: v - 2<v,m̂>m̂ with m̂ the middle of the arc.
+) -> Tensor: # tangent vectors at `w`, of the same norms
+    """Parallel transport of `v` along the great circle from `z` to `w`: v - 2<v,m̂>m̂ with m̂ the middle of the arc.
 
     Raises `ValueError` if shapes differ.
     """
