@@ -15,12 +15,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_sample_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from spherical_lfm.concentration import token_norm
 from spherical_lfm.decoder import reconstruction_metrics
-from spherical_lfm.engine.files import claim_file, write_json
-from spherical_lfm.engine.images import ImageSource
+from spherical_lfm.engine.files import atomic_write, claim_file, write_json
+from spherical_lfm.engine.images import ImageSource, to_uint8
 from spherical_lfm.engine.report import environment
+from spherical_lfm.sphere import project, slerp
 from spherical_lfm.tokenizers import Tokenizer, load_tokenizer, measure_statistics, standardise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +65,29 @@ def probes(material: Path, runs: Path, out: Path, scaled):
     keep(out, probe_cifar10=runs/'probe-cifar'/'probe.json', probe_imagenet=runs/'probe-imagenet'/'probe.json', probe_cifar10_strip=runs/'probe-cifar'/'strip.png', probe_photos_strip=runs/'probe-photos'/'strip.png')
 
 
+def swap_demo(material: Path, runs: Path, out: Path, scaled):
+    "A flower whose tokens take over radii, directions or both of a temple in six steps: frames of the slider in chapter 05."
+    picture = claim_file(out/'swap_demo.png')
+    record = claim_file(out/'swap_demo.json')
+    plain, source = load_tokenizer(material/'taef2'), ImageSource(material/'imagenet_samples_256.parquet', 256)
+    photos = torch.stack([x for x, _ in source.stream(source.shuffled(0), scaled(128))])
+    tokenizer = standardise(plain, measure_statistics(plain, photos.split(16)))
+    side = 96
+    crops = [Image.fromarray(load_sample_image(name)).crop(box).resize((side, side), Image.Resampling.BICUBIC) for name, box in (('flower.jpg', (160, 40, 540, 420)), ('china.jpg', (120, 20, 500, 400)))]
+    a, b = (tokenizer.encode(pil_to_tensor(x)[None].float()/127.5 - 1) for x in crops)
+    moved = []
+    for s in torch.linspace(0, 1, 6):
+        radius = (1 - s)*token_norm(a, keepdim=True) + s*token_norm(b, keepdim=True)
+        direction = slerp(project(a, 1.), project(b, 1.), s[None])
+        moved.append((project(a, 1.)*radius, direction*token_norm(a, keepdim=True), direction*radius))
+    rows = [torch.cat(row) for row in zip(*moved)]
+    with torch.no_grad(): frames = [torch.cat(list(to_uint8(tokenizer.decode(z))), 2) for z in rows]
+    mark = PngInfo()
+    mark.add_text('Software', 'spherical_lfm')
+    with atomic_write(picture) as f: to_pil_image(torch.cat(frames, 1)).save(f, 'PNG', pnginfo=mark)
+    write_json(record, {'environment': environment([0]), 'side': side, 'rows': ['radius', 'direction', 'both'], 'columns': 6})
+
+
 def projection(material: Path, runs: Path, out: Path, scaled):
     "What projection costs with the original decoder, by the coordinates in which it is done."
     result = {}
@@ -88,7 +115,7 @@ def bench(material: Path, runs: Path, out: Path, scaled):
     keep(out, bench_tokenizer=runs/'bench_tokenizer.json')
 
 
-STAGES = {f.__name__: f for f in (geometry, probes, projection, decoder, bench)}
+STAGES = {f.__name__: f for f in (geometry, probes, swap_demo, projection, decoder, bench)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -262,6 +262,11 @@ def test_widgets_agree_with_the_package(visit):
     for ratio in (.35, .94, 1.5):
         found = set_slider(page, 'share', 'ratio', ratio)
         assert math.isclose(found['start'], chord_radial_share(0., 1., ratio).item(), abs_tol=1e-6) and math.isclose(found['end'], chord_radial_share(1., 1., ratio).item(), abs_tol=1e-6)
+    page = visit('probes.html')
+    page.select_option('#slfm-swap [name=what]', '1')
+    found = set_slider(page, 'swap', 'share', 2)
+    assert (found['row'], found['column']) == (1, 2)
+    assert page.eval_on_selector('#slfm-swap .photo', 'e => getComputedStyle(e).backgroundPosition') == '40% 50%'
     assert not page.complaints
 
 
