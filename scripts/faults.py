@@ -209,7 +209,7 @@ DECODER = faults(
     ('the adversarial weight is ignored', 'weight = self.config.adversarial_weight*adaptive_weight(',
      'weight = adaptive_weight(',
      'the adversarial part', 'exact_decoder::test_steps_of_finetuning_are_those_written_by_hand'),
-    ('the discriminator does not learn', 'self._descend(self.discriminator_optimizer, critic_loss(real, fake))', 'pass',
+    ('the discriminator does not learn', 'self._descend(self.discriminator_optimizer, discriminator_loss(real, fake))', 'pass',
      'the adversarial part', 'exact_decoder::test_steps_of_finetuning_are_those_written_by_hand'),
     ('betas of the config are ignored', 'torch.optim.AdamW(parameters, c.lr, c.betas, weight_decay=0.)',
      'torch.optim.AdamW(parameters, c.lr, weight_decay=0.)',

@@ -112,7 +112,7 @@ def off_shell_distance(
     norms: Tensor,             # mean token norm along the path [n]
     shells: tuple[tuple, tuple] # (mean, std) of the token norms of noise and of data
 ) -> float: # in units of σ
-    "Largest distance of a path from the mean of the nearer endpoint shell, in units of that shell's standard deviation."
+    "Largest distance of a path's mean norm from the mean of the nearer endpoint shell, in that shell's deviations."
     return torch.stack([(norms - mean).abs()/std for mean, std in shells]).min(0).values.max().item()
 
 # %% ../nbs/01_concentration.ipynb #673c306a
@@ -123,7 +123,7 @@ def isotropic_pair(
     count: int = 4096, # pairs
     seed: int = 0      # of the draws
 ) -> tuple[Tensor, Tensor]: # Gaussian noise and data [count, d, 1, 1]
-    "Gaussian noise and data with independent isotropic directions and normally distributed norms of given mean and spread."
+    "Gaussian noise and data with independent isotropic directions and normal norms of given mean and spread."
     g = torch.Generator().manual_seed(seed)
     noise, direction, length = (torch.randn(count, n, 1, 1, generator=g, dtype=torch.float64) for n in (d, d, 1))
     return noise, direction/token_norm(direction, keepdim=True)*(radius*math.sqrt(d)*(1 + cv*length)).clamp_min(1e-3)

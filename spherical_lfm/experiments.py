@@ -543,8 +543,8 @@ One seed: differences of this size move with the seed, and raw losses of differe
 Seconds count training alone.</p>
 <h2>Geometry</h2><p>Mean token norm {{ '%.3f' % geometry.mean_over_sqrt_d }} √d, coefficient of variation
 {{ '%.3f' % geometry.cv }}. Radial share of the velocity at t = 0, ½, 1:
-chord {{ shares.linear }}; arc {{ shares.slerp }}.
-Swapping lengths moves a decoded image by {{ '%.3f' % geometry.swap.radius }}, directions by
+linear {{ shares.linear }}; slerp {{ shares.slerp }}.
+Swapping radii moves a decoded image by {{ '%.3f' % geometry.swap.radius }}, directions by
 {{ '%.3f' % geometry.swap.direction }}, everything by {{ '%.3f' % geometry.swap.full }}.</p>
 {% for caption, png in pictures %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ png }}">
 <figcaption>{{ caption }}</figcaption></figure>
@@ -579,9 +579,9 @@ def _geometry_pictures(found: dict, tokenizer: Tokenizer) -> Iterator[tuple[str,
            _png(plot_norms({'noise': noise, 'tokens': z}).figure))
     yield ('Token norm along the four paths, with one standard deviation',
            _png(plot_path_norms(norms, z.shape[1]).figure))
-    yield ('Share of the velocity that changes lengths, with the closed form of the chord at the mean radii',
+    yield ('Share of the velocity that changes norms, with the closed form of the linear path at the mean radii',
            _png(plot_radial_share(shares, chord_radial_share(TIMES, *radii)).figure))
-    yield ('How far the decoded image moves when lengths or directions are exchanged '
+    yield ('How far the decoded image moves when radii or directions are exchanged '
            '(mean absolute difference of images in [-1, 1])', _png(plot_swaps(found['swaps']).figure))
     yield 'Swaps by example', _png(swap_strip(tokenizer, z, *found['pairs']).figure)
 

@@ -252,7 +252,7 @@ def dexp_inverse(
 ) -> Tensor: # tangent vectors at `z`
     """The change of `u` that moves exp_z(u) with velocity `v`.
 
-    The factor θ/sin θ is held at 10, which it reaches at θ = 2.86, so that values stay finite up to the antipode, where
+    The factor θ/sin θ is held at 10, which it reaches at θ = 2.85, so that values stay finite up to the antipode, where
     the map ends. Raises `ValueError` if shapes differ.
     """
     if not z.shape == u.shape == v.shape:

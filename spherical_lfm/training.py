@@ -51,9 +51,9 @@ class TrainConfig:
     flip: bool = True              # use mirrored latents half of the time, where stored
     time_sampling: str = 'uniform' # 'uniform' or 'logit-normal'
     time_shift: float = 1.         # `shift_time` of the drawn times; more than 1 trains more near the noise
-    project_velocity: bool = True  # compare tangential velocities on the arc; False is an ablation
-    jacobi: bool = False           # weight tokens of the arc by (sin x / x)², x = (1 - t)θ
-    coupling: str = 'independent'  # 'independent' or 'transport': noise and data of a batch paired by optimal transport
+    project_velocity: bool = True  # compare tangential velocities on slerp; False is an ablation
+    jacobi: bool = False           # weight tokens of slerp by (sin x / x)², x = (1 - t)θ
+    coupling: str = 'independent'  # 'independent', or 'transport': minibatch OT coupling of noise and data
     precision: str = 'float32'     # 'float32' or 'bf16' (autocast; geometry and loss stay float32)
     tf32: bool = True              # allow TF32 in float32 matrix products on GPUs that have it
     compile: bool = False          # torch.compile the model and the path
@@ -83,9 +83,9 @@ def _check_settings(c: TrainConfig):
     "Raise `ValueError` for settings that exclude each other or mean nothing."
     path = arm_path(c.arm, c.project_velocity)
     if c.coupling == 'transport' and not path.spherical:
-        raise ValueError('coupling by transport compares angles: it is for spherical arms')
+        raise ValueError('OT coupling compares angles: it is for spherical arms')
     if c.jacobi and c.arm != 'spherical-slerp':
-        raise ValueError(f'the Jacobi weight belongs to the arc, not to {path}')
+        raise ValueError(f'the Jacobi weight belongs to slerp, not to {path}')
     for field, allowed in _CHOICES.items():
         value = getattr(c, field)
         if value not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {value!r}')
@@ -104,7 +104,7 @@ def flow_loss(
     z1: Tensor,           # data, same shape
     t: Tensor,            # times [B]
     y: Tensor,            # classes [B]
-    jacobi: bool = False  # weight tokens by (sin x / x)², x = (1 - t)θ; for the arc
+    jacobi: bool = False  # weight tokens by (sin x / x)², x = (1 - t)θ; for slerp
 ) -> tuple[Tensor, Tensor]: # loss [B], power of the target [B]: means over tokens, per channel
     "Squared error between the velocities that count, |Π(v_model) - Π(v)|²/d per token, in float32."
     z_t, v_t = path.interpolate(z0, z1, t)

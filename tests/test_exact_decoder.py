@@ -15,7 +15,7 @@ from spherical_lfm.decoder import (
     PatchDiscriminator,
     _Feed,
     adaptive_weight,
-    critic_loss,
+    discriminator_loss,
     reconstruction_metrics,
 )
 from spherical_lfm.engine.features import frechet_distance, ssim
@@ -29,8 +29,8 @@ IMAGES = digits_images('train')[0][:96]
 
 def test_the_hinge_loss_by_hand():
     real, fake = torch.tensor([2., .5, -1.]), torch.tensor([-3., -.5, 1.])
-    assert critic_loss(real, fake).item() == pytest.approx(((0 + .5 + 2)/3 + (0 + .5 + 2)/3)/2)
-    assert critic_loss(real, fake) != critic_loss(fake, real)
+    assert discriminator_loss(real, fake).item() == pytest.approx(((0 + .5 + 2)/3 + (0 + .5 + 2)/3)/2)
+    assert discriminator_loss(real, fake) != discriminator_loss(fake, real)
 
 
 def test_the_adaptive_weight_by_hand():

@@ -233,7 +233,7 @@ def test_options_train_and_resume(latents, tmp_path, extra):
     assert same == ('checkpointing' in extra or 'accumulate' in extra)
 
 
-@pytest.mark.parametrize('wrong,words', [(dict(arm='vanilla-linear', coupling='transport'), 'spherical arms'), (dict(arm='spherical-linear', jacobi=True), 'belongs to the arc'), (dict(accumulate=0), 'at least 1'),
+@pytest.mark.parametrize('wrong,words', [(dict(arm='vanilla-linear', coupling='transport'), 'spherical arms'), (dict(arm='spherical-linear', jacobi=True), 'belongs to slerp'), (dict(accumulate=0), 'at least 1'),
                                          (dict(time_shift=-1.), 'must be positive'), (dict(parallel='horovod'), 'must be one of'), (dict(arm='vanilla-shell', project_velocity=False), 'none to switch off')])
 def test_settings_that_make_no_sense(wrong, words):
     with pytest.raises(ValueError, match=words): TrainConfig(**wrong)

@@ -172,27 +172,27 @@ def _draw_shell(ax, x, d: int, width: float = 1.5):
     ax.set(xlabel='token norm / $\\sqrt{d}$', ylabel='density')
 
 # %% ../../nbs/engine/plots.ipynb #3cdbdb2b
-def _draw_lengths(ax, raw: dict, processed: dict):
+def _draw_norms(ax, raw: dict, processed: dict):
     "Histograms of token norm before and after standardisation."
     for label, x in (('raw latents', raw['histogram']), ('flow coordinates', processed['histogram'])):
         ax.stairs(x['density'], x['edges_over_sqrt_d'], fill=True, alpha=.5, label=label)
     _draw_shell(ax, torch.linspace(0, max(ax.get_xlim()), 400).numpy(), processed['d'], 1.2)
 
 # %% ../../nbs/engine/plots.ipynb #d67404b5
-def _draw_path_lengths(ax, p: dict):
-    "Mean length along the three paths, and the shells of noise and data as bands of one standard deviation."
+def _draw_path_norms(ax, p: dict):
+    "Mean norm along the three paths, and the shells of noise and data as bands of one standard deviation."
     noise = p['gaussian_mean_over_sqrt_d'], p['gaussian_cv']
     for colour, (mean, cv), what in (('tab:gray', noise, 'noise shell'),
                                      ('tab:olive', (p['mean_over_sqrt_d'], p['cv']), 'data shell')):
         ax.axhspan(mean - mean*cv, mean + mean*cv, color=colour, alpha=.15, label=f'{what}, ±1 σ')
     for path, c in p['paths'].items():
         ax.plot(p['times'], c['mean_over_sqrt_d'], label=path, **path_style(path))
-    ax.set(xlabel='t (noise to data)', ylabel='mean length / $\\sqrt{d}$')
-    ax.set_title(f'lowest mean of the chord: {p["excursion_sigma"]:.2f} σ from the mean of the nearer shell',
+    ax.set(xlabel='t (noise to data)', ylabel='mean norm / $\\sqrt{d}$')
+    ax.set_title(f'linear path, lowest mean: {p["excursion_sigma"]:.2f} σ off the nearer shell',
                  fontsize=10)
 
 def _draw_shares(ax, p: dict):
-    "Radial share along the three paths, with the closed form of the chord."
+    "Radial share along the three paths, with the closed form of the linear path."
     for path, c in p['paths'].items():
         ax.plot(p['times'], c['radial_share'], label=path, **path_style(path))
     ax.plot(p['times'], p['chord_radial_share_closed_form'], 'k:', label='closed form, linear')
@@ -202,13 +202,13 @@ def _draw_shares(ax, p: dict):
 def plot_geometry(
     summaries: dict # name -> {'raw', 'processed'}: summaries of `TokenStatistics`
 ):
-    "Lengths, path lengths and radial shares, one column per tokenizer; returns the figure."
+    "Norms, norms along paths and radial shares, one column per tokenizer; returns the figure."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(3, len(summaries), figsize=(5*len(summaries), 8.4), squeeze=False, layout='constrained')
     for (name, both), column in zip(summaries.items(), axes.T):
-        _draw_lengths(column[0], both['raw'], both['processed'])
+        _draw_norms(column[0], both['raw'], both['processed'])
         column[0].set_title(name)
-        _draw_path_lengths(column[1], both['processed'])
+        _draw_path_norms(column[1], both['processed'])
         _draw_shares(column[2], both['processed'])
         for ax in column:
             ax.legend(fontsize=7)

@@ -258,7 +258,7 @@ def slfm_compare(
     tokenizer: str = '',
     control: str = '',                             # tokenizer with the equally finetuned decoder of the vanilla arms
     steps: int = 0,                                # training steps in place of the preset's
-    samples: int = 0,                              # samples for the final figures in place of the preset's
+    samples: int = 0,                              # samples for the final metrics in place of the preset's
     no_curve: bool = False,                        # score the last checkpoint only
     seed: int = 0,                                 # of training and sampling
     **columns                                      # where the images are
@@ -367,7 +367,7 @@ def slfm_analyze(
     seed: int = 0,                 # of the choice of images and the noise
     **columns                      # where the images are
 ):
-    """Is this latent space a sphere? Lengths of tokens, what chord, shell and arc do between noise and them.
+    """Is this latent space a sphere? Norms of tokens; what linear, shell and slerp path do between noise and them.
 
     A table (JSON, CSV) and a figure (PNG, SVG); also under `accelerate launch`.
     """
@@ -392,7 +392,7 @@ def slfm_probe(
     neighbours: str = 'class',     # partners of the same class, or any
     # comma-separated: pixel, lpips-vgg, lpips-alex, dinov2, efficientnet; auto takes what can be had
     distances: str = 'auto',
-    sensitivity_count: int = 256,  # images for sensitivity and layers of length
+    sensitivity_count: int = 256,  # images for sensitivity and bins of radius
     # auto: measure mean and spread of the latents where the tokenizer brings none; measure; own
     statistics: str = 'auto',
     pack: int = 1,                 # measure them in packed blocks of this side
@@ -400,10 +400,10 @@ def slfm_probe(
     seed: int = 0,                 # of images, partners and directions
     **columns                      # where the images are
 ):
-    """What does this decoder read? Exchange lengths and directions, scale and rotate tokens, decode, measure.
+    """What does this decoder read? Exchange radii and directions, scale and rotate tokens, decode, measure.
 
     Prints how far the swaps between images move the decoded image and the tokens, with 95 % intervals, and the
-    sensitivity to lengths and directions at equal displacement; writes numbers, figures and an example strip.
+    sensitivity to radii and directions at equal displacement; writes numbers, figures and an example strip.
     """
     source = _images(images, size, **columns)
     if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
@@ -423,7 +423,7 @@ def _print_probe(result: dict, out: str):
 
 # %% ../../nbs/tools/cli.ipynb #2e828a42
 def _held_out_images(source: ImageSource, held_out: str, held_out_count: int, size: int, seed: int, columns: dict):
-    "Images for the figures, readable and in random order; refuses those of the source itself."
+    "Images for the metrics, readable and in random order; refuses those of the source itself."
     other = _images(held_out, size, **columns)
     if other.content == source.content:
         raise ValueError(f'{held_out} holds the very images to finetune on: '
@@ -445,13 +445,13 @@ def _print_finetuning(result: dict, out: str):
 # %% ../../nbs/tools/cli.ipynb #ea68bd7b
 #: Help where the comment of a field is not enough for a shell.
 _FINETUNE_HELP = dict(
-    lr='learning rate of decoder and critic',
+    lr='learning rate of decoder and discriminator',
     perceptual='perceptual loss: lpips, efficientnet (no download needed) or none',
     perceptual_weight='of the perceptual loss',
-    adversarial_weight='of the critic, before it is adapted to the gradients',
-    discriminator_start='step at which the critic joins; beyond `steps` it never does',
-    discriminator_width="channels of the critic's first layer",
-    discriminator_layers='strided layers of the critic',
+    adversarial_weight='of the discriminator, before it is adapted to the gradients',
+    discriminator_start='step at which the discriminator joins; beyond `steps` it never does',
+    discriminator_width="channels of the discriminator's first layer",
+    discriminator_layers='strided layers of the discriminator',
     no_flip='do not mirror images',
     precision='float32 or bf16',
     seed='of every draw',
@@ -464,7 +464,7 @@ def slfm_finetune(
     tokenizer: str,                  # a name or a folder with an autoencoder
     images: str,                     # image source to finetune on
     out: str,                        # output folder; a run that was stopped there goes on
-    held_out: str = '',              # image source for the figures; empty takes a few of `images` and says so
+    held_out: str = '',              # image source for the metrics; empty takes a few of `images` and says so
     held_out_count: int = 2048,      # images of it that are used
     held_out_split: str = '',        # its split; empty takes the usual one, of the digits the test split
     size: int = 256,                 # side of the images in pixels
@@ -503,8 +503,8 @@ _TRAIN_HELP = dict(
     no_flip='do not use mirrored latents',
     time_sampling='uniform or logit-normal',
     time_shift='more than 1 trains more near the noise',
-    no_project_velocity='compare whole velocities on the arc, not their tangential part: an ablation',
-    jacobi='weight tokens of the arc by (sin x / x)^2, x = (1 - t) theta',
+    no_project_velocity='compare whole velocities on slerp, not their tangential part: an ablation',
+    jacobi='weight tokens of slerp by (sin x / x)^2, x = (1 - t) theta',
     coupling='independent, or transport: pair noise and data of a batch by the smallest summed angle',
     precision='float32 or bf16',
     no_tf32='no TF32 in float32 matrix products',

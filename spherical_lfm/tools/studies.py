@@ -60,7 +60,7 @@ from ..sphere import project
 PATH_NAMES = ('linear', 'shell', 'slerp')
 
 class TokenStatistics:
-    """Token norms of a stream of latents, and lengths and radial shares along the three paths from noise to them.
+    """Token norms of a stream of latents, and norms and radial shares along the three paths from noise to them.
 
     Memory does not grow with the stream.
     """
@@ -77,7 +77,7 @@ class TokenStatistics:
         times: Tensor | None = None,  # times of the path curves [T]; None leaves the paths out
         seed: int = 0                 # of the noise
     ):
-        self.d, self.times, self.lengths = d, times, RunningMoments(1)
+        self.d, self.times, self.norms = d, times, RunningMoments(1)
         self._generator = torch.Generator().manual_seed(seed)
         self._edges = torch.linspace(0, 3, 301, dtype=torch.float64) # in units of sqrt(d)
         self._bins, self._images = torch.zeros(302, dtype=torch.long), 0
@@ -100,7 +100,7 @@ def update(
         raise ValueError(f'latents must be [B, {self.d}, h, w], got {tuple(z.shape)}')
     z = z.detach().float().cpu()
     r1 = token_norm(z).double().flatten()
-    self.lengths.update(r1[:, None])
+    self.norms.update(r1[:, None])
     self._bins += torch.bincount(torch.bucketize(r1/math.sqrt(self.d), self._edges, right=True), minlength=302)
     self._images += len(z)
     if self.times is not None: self._follow_paths(z, r1, self.times)
@@ -108,7 +108,7 @@ def update(
 
 @patch
 def _follow_paths(self: TokenStatistics, z: Tensor, r1: Tensor, times: Tensor):
-    "Add the three paths from noise to latents `z` of lengths `r1`."
+    "Add the three paths from noise to latents `z` of norms `r1`."
     z0 = torch.randn(z.shape, generator=self._generator)
     r0 = token_norm(z0).double().flatten()
     self.noise.update(r0[:, None])
@@ -124,7 +124,7 @@ def merge(
     other: TokenStatistics # statistics of other latents, same d and times
 ) -> TokenStatistics: # itself
     "Add everything that `other` has seen."
-    self.lengths.merge(other.lengths)
+    self.norms.merge(other.norms)
     self.noise.merge(other.noise)
     self._bins, self._images = self._bins + other._bins, self._images + other._images
     for p in PATH_NAMES:
@@ -158,8 +158,8 @@ def share(
 def excursion(
     self: TokenStatistics
 ) -> float: # in units of σ
-    "Largest distance of the mean chord from the nearer endpoint shell, in units of that shell's σ."
-    noise, data = ((m.mean.item(), m.std.item()) for m in (self.noise, self.lengths))
+    "Largest distance of the mean linear path from the nearer endpoint shell, in units of that shell's σ."
+    noise, data = ((m.mean.item(), m.std.item()) for m in (self.noise, self.norms))
     return off_shell_distance(self.along['linear'].mean, (noise, data))
 
 # %% ../../nbs/tools/studies.ipynb #029d1ba2
@@ -169,7 +169,7 @@ def _rounded(x, digits: int = 6) -> list[float]:
 
 def _length_summary(s: TokenStatistics) -> dict:
     "Token norms as numbers, beside those of Gaussian noise."
-    n, root = s.lengths, math.sqrt(s.d)
+    n, root = s.norms, math.sqrt(s.d)
     mean, std = n.mean.item(), n.std.item()
     edges, density = s.density()
     return {
@@ -190,7 +190,7 @@ def _length_summary(s: TokenStatistics) -> dict:
 # %% ../../nbs/tools/studies.ipynb #21f85bd2
 def _path_summary(s: TokenStatistics, times: Tensor) -> dict:
     "The curves over t as numbers."
-    rms = [math.sqrt(m.mean.item()**2 + m.std.item()**2) for m in (s.noise, s.lengths)]
+    rms = [math.sqrt(m.mean.item()**2 + m.std.item()**2) for m in (s.noise, s.norms)]
     root = math.sqrt(s.d)
     return {
         'excursion_sigma': s.excursion(),
@@ -205,8 +205,8 @@ def _path_summary(s: TokenStatistics, times: Tensor) -> dict:
 def summary(
     self: TokenStatistics
 ) -> dict: # JSON-ready
-    "Everything as numbers: lengths, and for each path its curves over t. Raises `ValueError` without tokens."
-    if not self.lengths.count: raise ValueError('no tokens have been seen')
+    "Everything as numbers: norms, and for each path its curves over t. Raises `ValueError` without tokens."
+    if not self.norms.count: raise ValueError('no tokens have been seen')
     return _length_summary(self) | ({} if self.times is None else _path_summary(self, self.times))
 
 # %% ../../nbs/tools/studies.ipynb #bb832bc0
@@ -217,7 +217,7 @@ def geometry_row(
 ) -> dict: # one flat row
     """A tokenizer in one row.
 
-    Lengths before and after standardisation, excursion of the chord, radial share at both ends and in the middle.
+    Norms before and after standardisation, excursion of the linear path, radial share at both ends and in the middle.
     """
     share = processed['paths']['linear']['radial_share']
     return {
@@ -266,7 +266,7 @@ def evolution_study(
     scale: float = 1.,      # fraction of the full number of steps
     progress: bool = True   # show progress bars
 ) -> dict: # what the JSON holds
-    """Chord and arc side by side, same noise, same classes.
+    """Linear path and slerp side by side, same noise, same classes.
 
     Both are runs of the `digits` preset, each decoded by its own decoder.
     """
@@ -382,7 +382,7 @@ def analyze_tokens(
     processed = _flow_statistics(tokenizer, held, latents, seed + rank)
     _gather_skipped(source)
     raw = merge_over_processes(raw)
-    if not raw.lengths.count: raise _unreadable(source)
+    if not raw.norms.count: raise _unreadable(source)
     return tokenizer, raw, merge_over_processes(processed)
 
 # %% ../../nbs/tools/studies.ipynb #112cc691
@@ -536,7 +536,7 @@ def probe_study(
     seed: int = 0,                 # of images, partners and directions
     progress: bool = True          # show progress bars
 ) -> dict: # 'summary', 'values', 'displacement', 'sensitivity', 'equal_displacement', 'response', 'protocol', ...
-    """What does this decoder read? Swaps, their displacement, and sensitivity to lengths and directions.
+    """What does this decoder read? Swaps, their displacement, and sensitivity to radii and directions.
 
     Writes probe.json, and swaps, strip, sensitivity, response as PNG. Raises `ValueError` if no image has a partner.
     """
