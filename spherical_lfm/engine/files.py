@@ -122,12 +122,12 @@ def write_json(
         f.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
 
 # %% ../../nbs/engine/files.ipynb #bc470f08
-def _not_finite(value: Any, at: str = 'the value') -> str | None:
-    "Where a nested value holds a number that is none."
-    if isinstance(value, float) and not math.isfinite(value): return at
+def _not_finite(value: Any, at: str = '') -> str | None:
+    "Where a nested value holds a number that is none, such as rows.3.kid."
+    if isinstance(value, float) and not math.isfinite(value): return at or 'the value'
     if isinstance(value, (list, tuple)): value = dict(enumerate(value))
     if not isinstance(value, dict): return None
-    return next((place for k, v in value.items() if (place := _not_finite(v, str(k)))), None)
+    return next((place for k, v in value.items() if (place := _not_finite(v, f'{at}.{k}'.strip('.')))), None)
 
 # %% ../../nbs/engine/files.ipynb #0a50678c
 #: The manifest of an output folder.

@@ -179,6 +179,7 @@ def swapped_weights(
     other: Iterable[Tensor]    # what they hold for a while
 ):
     "Put `other` into the parameters, and back again."
+    weights = list(weights) # it is gone through twice
     kept = [p.detach().clone() for p in weights]
     with torch.no_grad():
         for p, o in zip(weights, other):
