@@ -1,6 +1,6 @@
 """Draw the pictures of the first page into nbs/images, from the package's own paths.
 
-sphere.svg: chord and arc on an ordinary sphere, animated. arc.png: token norms and radial shares along the four arms, on digits.
+sphere.svg: linear path and slerp on an ordinary sphere, animated. arc.png: token norms and radial shares along the four arms, on digits.
 samples.png: the stored picture of digits on their way from noise.
 """
 import shutil
@@ -48,7 +48,7 @@ def wires() -> list:
 
 
 def travel(name: str, path, ends: tuple, times: torch.Tensor) -> list:
-    "A path, a dot that follows it with its velocity, and its length over time."
+    "A path, a dot that follows it with its velocity, and its norm over time."
     points = [path.interpolate(*ends, t.view(1)) for t in times]
     at, tip = [flat(z) for z, _ in points], [flat(z + .3*v) for z, v in points]
     graph = [(360 + 260*t, 250 - 180*token_norm(z).item()) for t, (z, _) in zip(times.tolist(), points)]
@@ -67,9 +67,9 @@ def sphere() -> str:
         x, y = flat(z)
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#57606a"/><text x="{x + dx:.1f}" y="{y - 8:.1f}">{name}</text>')
     body.append('<path d="M360 40V250H630" fill="none" stroke="#57606a"/>')
-    body += [f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in ((338, 75, 'R'), (338, 254, '0'), (460, 275, 'time t'), (340, 28, 'length of the token'), (575, 62, 'arc'), (465, 165, 'chord'))]
+    body += [f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in ((338, 75, 'R'), (338, 254, '0'), (460, 275, 'time t'), (340, 28, 'norm of the token'), (575, 62, 'slerp'), (465, 165, 'linear'))]
     markers = ''.join(f'<marker id="{n}" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="5" markerHeight="5" orient="auto"><path d="M0 0L8 4L0 8z" fill="{c}"/></marker>' for n, c in COLOUR.items())
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 650 300" font-family="system-ui,sans-serif" font-size="14" fill="#1f2328"><title>Chord and arc on a sphere</title>'
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 650 300" font-family="system-ui,sans-serif" font-size="14" fill="#1f2328"><title>Linear path and slerp on a sphere</title>'
             f'<defs>{markers}</defs><rect width="650" height="300" fill="#fff"/>' + '\n'.join(body) + '</svg>\n')
 
 
