@@ -352,7 +352,7 @@ FUNCTIONS = [
     (lambda p: scored(logits=torch.full((20, 10), math.inf)), ValueError, 'NaN or Inf'),
     (lambda p: scored(features=torch.randn(5, 8)), ValueError, '5 samples are too few'),
     (lambda p: read_json(p/'empty', 'record', 'make one'), ValueError, 'is no record'),
-    (lambda p: write_json(p/'new.json', {'a': {'fid': [1., math.nan]}}), ValueError, 'new.json is not written: 1 is'),
+    (lambda p: write_json(p/'new.json', {'a': {'fid': [1., math.nan]}}), ValueError, 'new.json is not written: a.fid.1 is NaN'),
     (lambda p: load_tokenizer(p/'cut-vae'), ValueError, 'no config of an autoencoder'),
 ]
 
@@ -601,7 +601,10 @@ def test_logs_hold_no_nan(tmp_path):
     from types import SimpleNamespace
 
     from spherical_lfm.engine.runs import ResumableRun
-    run = SimpleNamespace(out=tmp_path, accelerator=SimpleNamespace(is_main_process=True), _board=None)
+    told = []
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda row, step: told.append((step, row)))
+    run = SimpleNamespace(out=tmp_path, accelerator=accelerator)
     ResumableRun._log(run, {'step': 3, 'loss': 1.5, 'grad_norm': math.inf, 'quarter': None})
     found = json.loads((tmp_path/'log.jsonl').read_text(), parse_constant=pytest.fail)
     assert found == {'step': 3, 'loss': 1.5, 'grad_norm': None, 'quarter': None}
+    assert told == [(3, {'loss': 1.5})], 'trackers get the numbers'
