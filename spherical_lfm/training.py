@@ -279,7 +279,7 @@ class Trainer(ResumableRun):
         classes = classes or data.classes
         _check_data(config, self.path, data, classes)
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=tracker_names(config.trackers), project_dir=self.out)
+            cpu=not torch.cuda.is_available(), log_with=tracker_names(config.trackers) or None, project_dir=self.out)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         _check_share(config, self.world)
         if self.device.type == 'cuda' and config.tf32: torch.set_float32_matmul_precision('high')
