@@ -138,6 +138,12 @@ KILLED = {'slfm_encode': ('latents', ['digits', 'digits', '{}/out', '--shard_siz
           'slfm_sample': ('samples', ['{}/run', '{}/out', '--count', '300', '--steps', '1'], '*/0*.png')}
 
 
+def made(folder: Path, sign: str) -> list[Path]:
+    "What has such a name so far; a folder may go while it is looked at."
+    try: return list(folder.glob(sign))
+    except FileNotFoundError: return []
+
+
 @pytest.mark.parametrize('name', KILLED)
 def test_kill_9_and_resume_leave_strangers_alone(name, place, tmp_path):
     purpose, args, sign = KILLED[name]
@@ -147,7 +153,7 @@ def test_kill_9_and_resume_leave_strangers_alone(name, place, tmp_path):
     line = [a.format(tmp_path) for a in args]
     process = Command(name, *line)
     deadline = time.monotonic() + 60
-    while not list((tmp_path/'out').glob(sign)) and time.monotonic() < deadline: time.sleep(.01)
+    while not made(tmp_path/'out', sign) and time.monotonic() < deadline: time.sleep(.01)
     time.sleep(.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
