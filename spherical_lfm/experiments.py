@@ -264,7 +264,7 @@ def score(
     decoder = decoder or decoder_name(preset, run.record['config']['arm'])
     tokenizer = _sample_decoder(run, preset, decoder)
     weights = run.record['weights']
-    key = digest_of(weights, tokenizer.identity, labels.tolist(), repr(run.path), preset.extractor, asdict(sampler))
+    key = digest_of(weights, tokenizer.identity, labels.tolist(), repr(run.path), preset.extractor, sampler.settings)
     waiting = Path(out)/'features'/key
     found = _generate_once(waiting, run, tokenizer, labels, preset.extractor, sampler, progress)
     figures = score_features(found, reference, preset.metrics, extractor=preset.extractor)

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -423,7 +423,7 @@ def generate(
     sample(run.model, run.path, labels[:0], sampler) # none: refuses what cannot be, before anything is written
     plan = dict(count=len(labels), labels=hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
                 extractor=extractor, identity=run.record['weights'], decoder=tokenizer.identity, path=repr(run.path),
-                save=save, shard=pieces.shard, sampler=json.loads(json.dumps(asdict(sampler))))
+                save=save, shard=pieces.shard, sampler=sampler.settings)
     parts = all_parts(extractor)
     draw = partial(_draw_numbered, run, sampler, pieces.batch_size)
     describe = partial(_decode_and_extract, tokenizer=tokenizer, extract=feature_function(extractor, parts),

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -135,6 +135,11 @@ class Sampler:
     def times(self) -> list[float]:
         "Where steps begin and end: 0 = t_0 < ... < t_steps = 1."
         return _step_times(self.steps, self.shift).tolist()
+
+    @property
+    def settings(self) -> dict:
+        "All fields as JSON gives them back."
+        return asdict(self) | {'interval': list(self.interval)}
 
 # %% ../nbs/09_sampling.ipynb #efd7f346
 def _with_and_without(model: Callable, z: Tensor, times: Tensor, y: Tensor, away: int) -> tuple[Tensor, ...]:

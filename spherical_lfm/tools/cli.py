@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -625,8 +625,8 @@ def slfm_sample(
     model, path, record = what.load(run)
     tok = tokenizer_for(record, what.tokenizer or None, default_device())
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
-    plan = {'weights': record['weights'], 'decoder': tok.identity, 'labels': y.tolist(), **asdict(sampler)}
-    grid = _claim_samples(out, npz, plan | {'interval': list(sampler.interval)}) # as JSON gives it back
+    plan = {'weights': record['weights'], 'decoder': tok.identity, 'labels': y.tolist(), **sampler.settings}
+    grid = _claim_samples(out, npz, plan)
     z = sample(model, path, y, sampler, progress=True)
     with torch.no_grad():
         images = torch.cat([tok.decode(x).cpu() for x in z.split(64)])
@@ -659,7 +659,7 @@ def _draw_run(run: str, opened: tuple, options: dict, reference, extractor: str)
     labels, mixture = mixture_of(loaded.record, reference, how.count, how.mixture)
     drawn = generate(Path(run)/'features'/'evaluate', loaded, tokenizer, labels, extractor, sampler, how.save)
     setting = {'checkpoint': loaded.record['step'], 'weights': weights, 'mixture': mixture}
-    return drawn, asdict(sampler) | {'interval': list(sampler.interval)} | setting
+    return drawn, sampler.settings | setting
 
 # %% ../../nbs/tools/cli.ipynb #d18014d8
 def _common_side(samples: str, run: tuple | None, reference: str, size: int, columns: dict) -> int:
