@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .engine.features import all_parts, distance_key, distance_of, distance_title, extract_features
 from .engine.files import atomic_write, claim, digest_of, read_json, write_json
 from .engine.images import ImageSource, apart_from, save_grid, show_images
-from .engine.latents import LatentDataset, encode_latents
+from .engine.latents import Encoding, LatentDataset, encode_latents
 from .engine.plots import plot_distance_curves, plot_norms, plot_path_norms, plot_radial_share, plot_swaps
 from .engine.processes import default_device, processes
 from .engine.report import environment
@@ -410,7 +410,8 @@ def prepare_latents(
                          'run slfm_finetune and give the folders it leaves as tokenizer and control')
     flip = preset.train.get('flip', True)
     if _cached_in(folder) != (tokenizer.latent_identity, flip, source.fingerprint):
-        encode_latents(tokenizer, source, folder, flip=flip, precision=preset.sampler.precision, progress=progress)
+        encoding = Encoding(flip, precision=preset.sampler.precision)
+        encode_latents(tokenizer, source, folder, encoding, progress=progress)
     return tokenizer
 
 # %% ../nbs/12_experiments.ipynb #47337493

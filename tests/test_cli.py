@@ -11,7 +11,7 @@ import torch
 from forked import call
 
 from spherical_lfm.engine.images import ImageSource
-from spherical_lfm.engine.latents import encode_latents
+from spherical_lfm.engine.latents import Encoding, encode_latents
 from spherical_lfm.tokenizers import load_tokenizer
 
 COMMANDS = ['slfm_demo', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_compare', 'slfm_encode', 'slfm_train', 'slfm_sample', 'slfm_evaluate', 'slfm_bench']
@@ -21,7 +21,7 @@ COMMANDS = ['slfm_demo', 'slfm_analyze', 'slfm_probe', 'slfm_finetune', 'slfm_co
 def run(tmp_path_factory):
     "A trained run of a few steps, and its latents."
     folder = tmp_path_factory.mktemp('cli')
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder/'latents', flip=False, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder/'latents', Encoding(flip=False), progress=False)
     assert call('slfm_train', folder/'latents', folder/'run', '--preset', 'digits', '--steps', 3, '--log_every', 1).returncode == 0
     return folder
 

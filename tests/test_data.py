@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from spherical_lfm.engine.features import extract_features, frechet_distance, load_digit_features, psnr
 from spherical_lfm.engine.files import MARK
 from spherical_lfm.engine.images import ImageSource, digits_images
-from spherical_lfm.engine.latents import LatentDataset, LatentLoader, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, LatentLoader, encode_latents
 from spherical_lfm.engine.weights import DATA
 from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.fidelity import differences, evaluate
@@ -76,31 +76,31 @@ def test_zero_tokens_are_refused_where_data_enters(tmp_path):
 
 def test_failed_encoding_keeps_the_old_cache(tmp_path):
     tokenizer = load_tokenizer('digits')
-    index = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, progress=False)
+    index = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', Encoding(flip=False), progress=False)
     source = ImageSource('digits')
     source.stream = lambda order=None, limit=None: iter([(torch.full((3, 16, 16), torch.nan), 0)]*2)
     with pytest.raises(ValueError, match='NaN'): encode_latents(tokenizer, source, tmp_path/'cache', progress=False)
     assert LatentDataset(tmp_path/'cache', tokenizer.latent_identity, verify=True).index == index
     assert {p.name for p in tmp_path.iterdir()} == {'cache'}
-    again = encode_latents(tokenizer, ImageSource('digits', split='test'), tmp_path/'cache', flip=False, progress=False)
+    again = encode_latents(tokenizer, ImageSource('digits', split='test'), tmp_path/'cache', Encoding(flip=False), progress=False)
     assert {p.name for p in (tmp_path/'cache').glob('*.safetensors')} == {s['file'] for s in again['shards']}, 'the shards of the old set are gone'
 
 
 def test_interrupted_encoding_keeps_finished_shards(tmp_path):
     tokenizer, source = load_tokenizer('digits'), ImageSource('digits')
-    whole = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'whole', shard_size=300, dtype='bf16', progress=False)
+    whole = encode_latents(tokenizer, ImageSource('digits'), tmp_path/'whole', Encoding(shard_size=300, dtype='bf16'), progress=False)
     original, seen = source.stream, []
     def failing(order=None, limit=None):
         seen.append(int(order[0]))
         if order[0] == 900 and seen.count(900) == 1: raise KeyboardInterrupt
         return original(order, limit)
     source.stream = failing
-    with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
+    with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'parts', Encoding(shard_size=300, dtype='bf16'), progress=False)
     with pytest.raises(FileNotFoundError, match='index.json is missing'): LatentDataset(tmp_path/'parts')
     (tmp_path/'parts'/f'{MARK}abc').mkdir() # as a killed write leaves it
     made = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'parts').glob('*.safetensors')}
     assert len(made) == 3
-    parts = encode_latents(tokenizer, source, tmp_path/'parts', shard_size=300, dtype='bf16', progress=False)
+    parts = encode_latents(tokenizer, source, tmp_path/'parts', Encoding(shard_size=300, dtype='bf16'), progress=False)
     assert [s['sha256'] for s in parts['shards']] == [s['sha256'] for s in whole['shards']]
     assert all((tmp_path/'parts'/n).stat().st_mtime_ns == t for n, t in made.items())
     assert not list(tmp_path.rglob(f'{MARK}*'))
@@ -109,7 +109,7 @@ def test_interrupted_encoding_keeps_finished_shards(tmp_path):
 
 
 def test_mapped_latents_are_the_resident_ones_in_any_order(tmp_path):
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, flip=True, shard_size=100, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, Encoding(flip=True, shard_size=100), progress=False)
     resident, mapped = (LatentLoader(LatentDataset(tmp_path, project=project, resident=r), 50, seed=1, window=400) for r in (True, False))
     for step in (0, 1, 7, 8, 28, 29, 300):
         a, b = resident(step), mapped(step)
@@ -118,7 +118,7 @@ def test_mapped_latents_are_the_resident_ones_in_any_order(tmp_path):
 
 
 def test_shards_that_do_not_fit_the_index_are_named(tmp_path):
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, flip=False, shard_size=600, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), tmp_path, Encoding(flip=False, shard_size=600), progress=False)
     shards = sorted(tmp_path.glob('*.safetensors'))
     (tmp_path/'kept').write_bytes(shards[1].read_bytes())
     shards[1].unlink()
@@ -160,7 +160,7 @@ def test_a_comparison_wants_standardised_latents(tmp_path):
 
 def test_flips_are_latents_of_mirrored_images(tmp_path):
     tokenizer = load_tokenizer('digits')
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=True, progress=False)
+    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', Encoding(flip=True), progress=False)
     images, _ = digits_images('train')
     z, _ = LatentDataset(tmp_path/'cache').batch(torch.tensor([5, 6]), torch.tensor([True, False]))
     want = torch.stack([tokenizer.encode(images[5:6].flip(-1))[0], tokenizer.encode(images[6:7])[0]])

@@ -8,11 +8,12 @@ import torch
 from exact import Recorder
 
 from spherical_lfm.engine.images import ImageSource, digits_images
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.sampling import Sampler, load_run, sample
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli
+from spherical_lfm.tools.studies import Analysis, Probing
 from spherical_lfm.training import TrainConfig, Trainer
 
 
@@ -26,8 +27,7 @@ def stop(_): raise Stop
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp('cli')
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), root/'latents', flip=False, order=torch.arange(40),
-                   progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), root/'latents', Encoding(flip=False), order=torch.arange(40), progress=False)
     config = TrainConfig(model='SiT-Ti/2', steps=2, batch_size=8, checkpoint_every=1, log_every=1)
     Trainer(config, LatentDataset(root/'latents', project=project), root/'run').fit(progress=False)
     return SimpleNamespace(root=root, run=str(root/'run'), latents=str(root/'latents'))
@@ -61,12 +61,10 @@ def test_options_of_encoding(monkeypatch, tmp_path):
     options = dict(no_flip=True, dtype='bf16', precision='bf16', batch_size=9, shard_size=11, seed=5)
     with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
-    assert {k: given[k] for k in ('flip', 'dtype', 'precision', 'batch_size',
-                                  'shard_size')} == dict(flip=False, dtype='bf16', precision='bf16', batch_size=9,
-                                                         shard_size=11)
+    assert given['encoding'] == Encoding(flip=False, dtype='bf16', precision='bf16', batch_size=9, shard_size=11)
     assert torch.equal(given['order'], ImageSource('digits').shuffled(5)) and not given['tokenizer'].spherical
     with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out'), '--seed', '-1'])
-    assert recorder.calls[1]['order'] is None and recorder.calls[1]['flip']
+    assert recorder.calls[1]['order'] is None and recorder.calls[1]['encoding'] == Encoding()
 
 
 def test_options_of_sampling(place, monkeypatch, tmp_path):
@@ -153,14 +151,11 @@ def test_options_of_probing_and_analysing(monkeypatch, tmp_path):
         cli.slfm_probe(['digits', 'digits', *words(dict(out=str(tmp_path/'p'), size=16, count=30, neighbours='any',
                                                         distances='pixel', sensitivity_count=9, batch_size=5, seed=2))])
     given = probe.calls[0]
-    assert {k: given[k] for k in ('count', 'neighbours', 'sensitivity_count', 'batch_size', 'seed')} == dict(
-        count=30, neighbours='any', sensitivity_count=9, batch_size=5, seed=2)
+    assert given['probing'] == Probing(count=30, neighbours='any', sensitivity_count=9, batch_size=5, seed=2)
     assert list(given['distances'][0]) == ['pixel']
     analyze = Recorder(monkeypatch, cli, 'analyze_study', stop)
     with pytest.raises(Stop):
         cli.slfm_analyze(['digits', 'digits', *words(dict(out=str(tmp_path/'a'), size=16, count=30, name='mine',
-                                                          statistics='measure', pack=2, batch_size=5, seed=2))])
+                                                          statistics='measure', pack=2, hold=20, batch_size=5, seed=2))])
     given = analyze.calls[0]
-    assert {k: given[k] for k in ('limit', 'name', 'statistics', 'pack', 'batch_size',
-                                  'seed')} == dict(limit=30, name='mine', statistics='measure', pack=2, batch_size=5,
-                                                   seed=2)
+    assert given['name'] == 'mine' and given['analysis'] == Analysis(30, 'measure', 2, 20, 5, 2)

@@ -252,15 +252,15 @@ def test_a_finetuning_study_swaps_decoders_not_tokens(monkeypatch, tmp_path):
 
 def test_analysed_tokens_are_those_of_the_images():
     tokenizer, source, order = load_tokenizer('digits'), ImageSource('digits'), torch.arange(50, 150)
-    same, raw, processed = studies.analyze_tokens(tokenizer, source, limit=80, order=order, batch_size=30, progress=False)
+    same, raw, processed = studies.analyze_tokens(tokenizer, source, studies.Analysis(80, batch_size=30), order, progress=False)
     x = digits_images('train')[0][50:130]
     assert same is tokenizer and processed.summary()['images'] == 80
     for found, z in ((raw, tokenizer.raw_latents(x)), (processed, tokenizer.encode(x))):
         want = norm_stats(z)
         for k in ('mean', 'std', 'mean_over_sqrt_d', 'cv', 'min', 'max', 'count'):
             assert found.summary()[k] == pytest.approx(want[k], rel=1e-4), k
-    measured, _, standard = studies.analyze_tokens(tokenizer, source, limit=80, statistics='measure', order=order,
-                                              batch_size=30, progress=False)
+    measured, _, standard = studies.analyze_tokens(tokenizer, source, studies.Analysis(80, 'measure', batch_size=30), order,
+                                                   progress=False)
     rows = measured.encode(x).movedim(1, -1).flatten(0, -2)
     np.testing.assert_allclose(rows.std(0, unbiased=False), 1, atol=1e-3)
     assert standard.summary()['mean'] == pytest.approx(norm_stats(measured.encode(x))['mean'], rel=1e-4)

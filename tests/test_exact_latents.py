@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from spherical_lfm.engine.images import ImageSource, digits_images, to_tensor
-from spherical_lfm.engine.latents import LatentDataset, LatentLoader, WindowOrder, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, LatentLoader, WindowOrder, encode_latents
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer, with_statistics
 
@@ -16,8 +16,7 @@ from spherical_lfm.tokenizers import load_tokenizer, with_statistics
 def cache(tmp_path_factory):
     "Images 100 to 29 of the digits, backwards, in shards of 30."
     folder = tmp_path_factory.mktemp('exact')/'latents'
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, shard_size=30, batch_size=20,
-                   order=torch.arange(100, 28, -1), progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, Encoding(shard_size=30, batch_size=20), order=torch.arange(100, 28, -1), progress=False)
     return folder
 
 
@@ -52,8 +51,7 @@ def test_stored_latents_are_those_of_the_images(cache, resident, spherical):
 def test_the_encoder_works_in_the_precision_asked_for(tmp_path, precision, dtype):
     tokenizer, seen = load_tokenizer('digits'), []
     tokenizer.autoencoder.encoder.conv_in.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/precision, flip=False, order=torch.arange(20),
-                   dtype='bf16', precision=precision, progress=False)
+    encode_latents(tokenizer, ImageSource('digits'), tmp_path/precision, Encoding(flip=False, dtype='bf16', precision=precision), order=torch.arange(20), progress=False)
     data = LatentDataset(tmp_path/precision)
     assert set(seen) == {dtype}
     assert data.z['z'].dtype == torch.bfloat16
@@ -62,8 +60,7 @@ def test_the_encoder_works_in_the_precision_asked_for(tmp_path, precision, dtype
 
 def test_encoding_leaves_projection_to_the_reader(tmp_path):
     tokenizer = load_tokenizer('digits', spherical=True)
-    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', flip=False, order=torch.arange(20),
-                   progress=False)
+    encode_latents(tokenizer, ImageSource('digits'), tmp_path/'cache', Encoding(flip=False), order=torch.arange(20), progress=False)
     z, _ = LatentDataset(tmp_path/'cache').batch(torch.arange(20))
     assert z.norm(dim=1).std() > .1 and tokenizer.spherical
 

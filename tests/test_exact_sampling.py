@@ -9,7 +9,7 @@ import torch
 
 from spherical_lfm import sphere
 from spherical_lfm.engine.images import ImageSource
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.paths import ARMS, LinearPath, SlerpPath, arm_path, shift_time
 from spherical_lfm.sampling import (
     Sampler,
@@ -323,7 +323,7 @@ def test_added_noise_is_the_point_of_the_path():
 def runs(tmp_path_factory):
     "Two steps of a few arms, with two checkpoints each; averages are far from the weights."
     root, tokenizer = tmp_path_factory.mktemp('runs'), load_tokenizer('digits')
-    encode_latents(tokenizer, ImageSource('digits'), root/'latents', flip=False, order=torch.arange(60), progress=False)
+    encode_latents(tokenizer, ImageSource('digits'), root/'latents', Encoding(flip=False), order=torch.arange(60), progress=False)
     for name, extra in (('plain', {}), ('unprojected', dict(project_velocity=False)),
                         ('vanilla-linear', dict(arm='vanilla-linear'))):
         config = TrainConfig(model='SiT-Ti/2', steps=2, batch_size=8, lr=.1, checkpoint_every=1, label_dropout=.5,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from spherical_lfm.engine.images import ImageSource, digits_images, number_labels, open_source, to_tensor
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.tokenizers import load_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
@@ -313,9 +313,9 @@ def test_a_killed_encoding_of_other_images_is_not_continued(tmp_path):
         if len(calls) == 2: raise KeyboardInterrupt
         return original(order, limit)
     source.stream = failing
-    with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'cache', flip=False, shard_size=16, progress=False)
-    encode_latents(tokenizer, ImageSource(tmp_path/'two'/'train', 16), tmp_path/'cache', flip=False, shard_size=16, progress=False)
-    encode_latents(tokenizer, ImageSource(tmp_path/'two'/'train', 16), tmp_path/'plain', flip=False, progress=False)
+    with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'cache', Encoding(flip=False, shard_size=16), progress=False)
+    encode_latents(tokenizer, ImageSource(tmp_path/'two'/'train', 16), tmp_path/'cache', Encoding(flip=False, shard_size=16), progress=False)
+    encode_latents(tokenizer, ImageSource(tmp_path/'two'/'train', 16), tmp_path/'plain', Encoding(flip=False), progress=False)
     a, b = (LatentDataset(tmp_path/n).z['z'] for n in ('cache', 'plain'))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
@@ -323,7 +323,7 @@ def test_a_killed_encoding_of_other_images_is_not_continued(tmp_path):
 def test_classes_without_images_keep_their_numbers(tmp_path):
     "A set whose file names three classes trains three, even if the last has no image."
     path = table(tmp_path/'set.parquet', NAMED, image=[{'bytes': png(), 'path': None}]*12, label=[0, 1]*6)
-    encode_latents(load_tokenizer('digits'), ImageSource(path, 16), tmp_path/'z', flip=False, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource(path, 16), tmp_path/'z', Encoding(flip=False), progress=False)
     assert LatentDataset(tmp_path/'z').classes == 3
     assert '1 of 3 classes have no images: crane (2)' in ImageSource(path, 16).describe()
 

@@ -21,7 +21,7 @@ from spherical_lfm.decoder import FinetuneConfig
 from spherical_lfm.engine.features import feature_function, lpips_distance, semantic_features
 from spherical_lfm.engine.files import read_json, write_json
 from spherical_lfm.engine.images import ImageSource, digits_images, to_uint8
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.runs import tracker_names
 from spherical_lfm.engine.weights import open_tensors
 from spherical_lfm.fidelity import load_reference, npz_batches, score_features, source_batches
@@ -77,7 +77,7 @@ def references(folder: Path):
 def place(tmp_path_factory):
     "A folder as people have them: latents, a run, broken files, files in place of folders."
     folder = tmp_path_factory.mktemp('inputs')
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder/'latents', flip=False, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder/'latents', Encoding(flip=False), progress=False)
     cli.slfm_train([str(folder/'latents'), str(folder/'run'), '--preset', 'digits', '--steps', '2', '--log_every', '1'])
     (folder/'file').write_text('a file')
     (folder/'cut.json').write_text('{"config":')
@@ -290,7 +290,7 @@ def draw(**options):
 
 def encode(place: Path, source: ImageSource | None = None, **options):
     "Latents of digits or of another source."
-    return encode_latents(load_tokenizer('digits'), source or ImageSource('digits'), place/'new', **options)
+    return encode_latents(load_tokenizer('digits'), source or ImageSource('digits'), place/'new', Encoding(**options))
 
 
 def pipeline(**options):

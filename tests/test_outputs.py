@@ -19,7 +19,7 @@ from spherical_lfm.decoder import FinetuneConfig, finetune_decoder
 from spherical_lfm.engine import features, files, images, latents, report, runs
 from spherical_lfm.engine.files import MARK, atomic_write, claim, locked, read_manifest, write_json
 from spherical_lfm.engine.images import ImageSource, digits_images, save_grid
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.runs import checkpoints
 from spherical_lfm.experiments import PRESETS, compare
 from spherical_lfm.fidelity import Pieces, generate, save_reference
@@ -28,6 +28,8 @@ from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli, studies
 from spherical_lfm.tools.studies import (
+    Analysis,
+    Probing,
     analyze_study,
     evolution_study,
     finetune_study,
@@ -45,7 +47,7 @@ QUICK = ['--steps', '2', '--batch_size', '4', '--perceptual', 'none', '--extract
 def place(tmp_path_factory):
     "Latents and a trained run for what needs them."
     root = tmp_path_factory.mktemp('outputs')
-    encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), root/'latents', flip=False, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), root/'latents', Encoding(flip=False), progress=False)
     Trainer(TrainConfig(**TINY), LatentDataset(root/'latents', project=project), root/'run').fit(progress=False)
     return root
 
@@ -81,16 +83,16 @@ def small_preset(): return replace(PRESETS['digits'], train=PRESETS['digits'].tr
 
 FOLDERS = { # what writes a folder: (out, place) -> work
     'slfm_encode': lambda out, place: quiet(cli.slfm_encode, 'digits', 'digits', out, '--no_flip', '--split', 'test'),
-    'encode_latents': lambda out, place: encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), out, flip=False, progress=False),
+    'encode_latents': lambda out, place: encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), out, Encoding(flip=False), progress=False),
     'slfm_train': lambda out, place: quiet(cli.slfm_train, place/'latents', out, '--model', 'SiT-Ti/4', '--steps', 2, '--batch_size', 8, '--log_every', 1),
     'Trainer': lambda out, place: Trainer(TrainConfig(**TINY), LatentDataset(place/'latents', project=project), out).fit(progress=False),
     'slfm_finetune': lambda out, place: quiet(cli.slfm_finetune, 'digits', 'digits', out, *QUICK),
     'finetune_study': lambda out, place: finetune_study(load_tokenizer('digits'), digits_images('test')[0][:20], out, FinetuneConfig(steps=1, batch_size=4, perceptual='none'), ('control',), extractor='none', progress=False),
     'finetune_decoder': lambda out, place: finetune_decoder(load_tokenizer('digits'), digits_images('test')[0][:20], FinetuneConfig(steps=1, batch_size=4, perceptual='none'), out, progress=False),
     'slfm_probe': lambda out, place: quiet(cli.slfm_probe, 'digits', 'digits', '--out', out, '--count', 30, '--sensitivity_count', 2, '--distances', 'pixel'),
-    'probe_study': lambda out, place: probe_study(load_tokenizer('digits'), ImageSource('digits'), out, 30, distances='pixel', sensitivity_count=2, progress=False),
+    'probe_study': lambda out, place: probe_study(load_tokenizer('digits'), ImageSource('digits'), out, Probing(30, sensitivity_count=2), 'pixel', progress=False),
     'slfm_analyze': lambda out, place: quiet(cli.slfm_analyze, 'digits', 'digits', '--out', out, '--count', 40),
-    'analyze_study': lambda out, place: analyze_study(load_tokenizer('digits'), ImageSource('digits'), out, limit=40, progress=False),
+    'analyze_study': lambda out, place: analyze_study(load_tokenizer('digits'), ImageSource('digits'), out, analysis=Analysis(40), progress=False),
     'slfm_sample': lambda out, place: quiet(cli.slfm_sample, place/'run', out, '--count', 4, '--steps', 1),
     'generate': make_features,
     'compare': lambda out, place: compare(small_preset(), ('vanilla-linear',), out, 'digits', progress=False),
@@ -283,7 +285,7 @@ def test_shards_that_are_not_to_be_seen_yet(tmp_path, monkeypatch):
     "On a network drive a note of another process may come late: no index is written of a part."
     note = latents._note
     monkeypatch.setattr(latents, '_note', lambda path: None if path.name.endswith('00001.json') else note(path))
-    with pytest.raises(OSError, match='3 of 4 shards are to be seen'): encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), tmp_path/'z', flip=False, shard_size=100, progress=False)
+    with pytest.raises(OSError, match='3 of 4 shards are to be seen'): encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), tmp_path/'z', Encoding(flip=False, shard_size=100), progress=False)
     assert not (tmp_path/'z'/'index.json').exists()
 
 

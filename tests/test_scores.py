@@ -12,7 +12,7 @@ from PIL import Image
 from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig, reconstruction_metrics
 from spherical_lfm.engine.features import extract_features, feature_function
 from spherical_lfm.engine.images import ImageSource, digits_images
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.weights import DATA
 from spherical_lfm.experiments import PRESETS, prepare_latents, reference_features, run_arm
 from spherical_lfm.fidelity import (
@@ -45,8 +45,8 @@ def folder_of(images: torch.Tensor, root: Path) -> Path:
     return root
 
 
-def encoded(out: Path, tokenizer='digits', **options) -> Path:
-    encode_latents(load_tokenizer(tokenizer), ImageSource('digits', split='test'), out, progress=False, **{'flip': False} | options)
+def encoded(out: Path, tokenizer='digits', order=None, **options) -> Path:
+    encode_latents(load_tokenizer(tokenizer), ImageSource('digits', split='test'), out, Encoding(**{'flip': False} | options), order, progress=False)
     return out
 
 

@@ -22,7 +22,7 @@ from spherical_lfm.engine.features import psnr
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.weights import AutoencoderTAEF2, convert_ldm_autoencoder
 from spherical_lfm.tokenizers import load_tokenizer, with_statistics
-from spherical_lfm.tools.studies import analyze_tokens
+from spherical_lfm.tools.studies import Analysis, analyze_tokens
 
 BIN = Path(sys.executable).parent
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared'
@@ -406,7 +406,7 @@ def test_two_processes_see_what_one_sees(tmp_path):
 
 def test_streamed_statistics_are_those_of_all_latents_at_once():
     t, (images, _) = load_tokenizer('digits'), images_module.digits_images('train')
-    tokenizer, raw, processed = analyze_tokens(t, ImageSource('digits', 16), 10_000, 'measure', batch_size=100, progress=False)
+    tokenizer, raw, processed = analyze_tokens(t, ImageSource('digits', 16), Analysis(10_000, 'measure', batch_size=100), progress=False)
     with torch.no_grad(): z = t.raw_latents(images).double()
     flow = (z - z.mean((0, 2, 3), keepdim=True))/z.std((0, 2, 3), unbiased=False, keepdim=True)
     for stats, want in ((raw, z), (processed, flow)):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from spherical_lfm.engine.features import extract_features
 from spherical_lfm.engine.images import ImageSource, digits_images
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.runs import checkpoints, newest_checkpoint
 from spherical_lfm.fidelity import score_features
 from spherical_lfm.sampling import load_run
@@ -35,7 +35,7 @@ ENV = os.environ | {'OMP_NUM_THREADS': '1'}
 @pytest.fixture(scope='module')
 def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp('cache')/'latents'
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, flip=False, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), folder, Encoding(flip=False), progress=False)
     return folder
 
 

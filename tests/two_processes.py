@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from spherical_lfm.engine.images import ImageSource
-from spherical_lfm.engine.latents import LatentDataset, encode_latents
+from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.fidelity import Pieces, generate
 from spherical_lfm.paths import SlerpPath, arm_path
 from spherical_lfm.sampling import LoadedRun, Sampler
@@ -41,6 +41,6 @@ if __name__ == '__main__':
     fit(latents, out/'half-one', parallel='fsdp') # began with one process
     try: fit(latents, out/'odd', batch_size=15)
     except ValueError as e: Path(out/f'refused-{torch.distributed.get_rank()}').write_text(str(e))
-    encode_latents(load_tokenizer('digits'), ImageSource('digits'), out/'latents', flip=False, shard_size=200, progress=False)
+    encode_latents(load_tokenizer('digits'), ImageSource('digits'), out/'latents', Encoding(flip=False, shard_size=200), progress=False)
     samples(out/'samples')
     torch.distributed.destroy_process_group()

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..engine.features import all_parts, feature_function
 from ..engine.files import write_json
 from ..engine.images import ImageSource
-from ..engine.latents import DTYPES, LatentDataset, encode_latents
+from ..engine.latents import DTYPES, Encoding, LatentDataset, encode_latents
 from ..engine.processes import default_device
 from ..fidelity import Pieces, generate
 from ..paths import LinearPath, SlerpPath
@@ -34,7 +34,7 @@ from ..sit import SiT
 from ..sphere import project
 from ..tokenizers import load_tokenizer
 from ..training import TrainConfig, Trainer, flow_loss, matmul_peak, model_flops
-from .studies import analyze_tokens
+from .studies import Analysis, analyze_tokens
 
 # %% ../../nbs/tools/bench.ipynb #3295595d
 def time_all(
@@ -314,7 +314,8 @@ def _analyse_and_report(tokenizer: str, images: str, size: int, batch_size: int,
     "Analyse so many images, and print the peak memory."
     source, tok = ImageSource(images, size), load_tokenizer(tokenizer, spherical=False, device=default_device())
     order = torch.arange(count) % len(source)
-    analyze_tokens(tok, source, count, order=order, hold=512, batch_size=batch_size, progress=False)
+    analysis = Analysis(count, hold=512, batch_size=batch_size)
+    analyze_tokens(tok, source, analysis, order, progress=False)
     print(_peak_memory())
 
 # %% ../../nbs/tools/bench.ipynb #602a4cff
@@ -328,12 +329,12 @@ def _peak_of_analysis(tokenizer: str, images: str, size: int, batch_size: int, c
 # %% ../../nbs/tools/bench.ipynb #bdb26c82
 @torch.no_grad()
 def bench_tokenizer(
-    tokenizer: str,       # a name or a folder with an autoencoder
-    images: str,          # image source; a small one is gone through several times
-    size: int = 256,      # side of the images in pixels
-    count: int = 256,     # images per pass
-    batch_size: int = 32, # images per encoder call
-    rounds: int = 5       # alternating passes
+    tokenizer: str = 'digits', # a name or a folder with an autoencoder
+    images: str = 'digits',    # image source; a small one is gone through several times
+    size: int = 256,           # side of the images in pixels
+    count: int = 256,          # images per pass
+    batch_size: int = 32,      # images per encoder call
+    rounds: int = 5            # alternating passes
 ) -> dict: # 'analyze', 'encode': each a `time_ratio` against the bare encoder; 'peak_memory'
     """What surrounds the encoder, as a ratio to the bare encoder loop over the same images in memory.
 
@@ -357,10 +358,11 @@ def _streaming(tok, source: ImageSource, batches: list, order: Tensor, batch_siz
         for x in batches:
             tok.autoencoder.encode(x.to(default_device()))
     def analyze():
-        analyze_tokens(tok, source, len(order), order=order, batch_size=batch_size, progress=False)
+        analyze_tokens(tok, source, Analysis(len(order), batch_size=batch_size), order, progress=False)
     with tempfile.TemporaryDirectory() as tmp:
         def encode():
-            encode_latents(tok, source, f'{tmp}/latents', False, batch_size, progress=False, order=order)
+            encoding = Encoding(flip=False, batch_size=batch_size)
+            encode_latents(tok, source, f'{tmp}/latents', encoding, order, progress=False)
         works = {'analyze': analyze, 'encode': encode}
         return {name: time_ratio(work, bare, rounds, warmup=1) for name, work in works.items()}
 

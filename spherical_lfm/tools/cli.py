@@ -35,12 +35,12 @@ from spherical_lfm.engine.files import (
     atomic_write, claim, claim_file, file_digest, locked, read_json, read_manifest, write_json,
 )
 from ..engine.images import ImageSource, readable, save_grid, to_uint8
-from ..engine.latents import LatentDataset, encode_latents
+from ..engine.latents import Encoding, LatentDataset, encode_latents
 from ..engine.processes import default_device, processes
 from ..engine.report import environment
 from ..engine.runs import dtype_of
 from ..decoder import FinetuneConfig
-from ..experiments import compare, decoder_name, get_preset
+from ..experiments import Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
     differences, generate, is_npz, load_reference, mixture_of, one_side, protocol_of, save_npz, save_reference,
     score_features, side_of, source_batches,
@@ -55,7 +55,8 @@ from spherical_lfm.tools.bench import (
 )
 from .pipeline import SphericalSiTPipeline
 from spherical_lfm.tools.studies import (
-    analyze_study, check_finetune, finetune_study, paper_geometry, probe_lines, probe_study, starting_tokenizer,
+    Analysis, Probing, analyze_study, check_finetune, finetune_study, paper_geometry, probe_lines, probe_study,
+    starting_tokenizer,
 )
 
 # %% ../../nbs/tools/cli.ipynb #133a0885
@@ -94,7 +95,7 @@ def _sentence(error: Exception, package: str) -> str | None:
 # %% ../../nbs/tools/cli.ipynb #52685f01
 #: Options by the range that they share.
 _RANGES = {
-    (1, math.inf): ('size', 'count', 'sensitivity_count', 'held_out_count', 'steps', 'samples', 'batch_size',
+    (1, math.inf): ('size', 'count', 'sensitivity_count', 'held_out_count', 'hold', 'steps', 'samples', 'batch_size',
                     'shard_size', 'pack', 'side', 'rounds', 'log_every', 'checkpoint_every', 'accumulate', 'classes',
                     'window', 'discriminator_width', 'discriminator_layers'),
     (2, math.inf): ('bootstrap',),
@@ -244,9 +245,25 @@ def _print_report(report: dict, out: str):
         print(f'{arm:>17}: {distance}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
     print(f'pictures and details: {Path(out)/"report.html"}')
 
+# %% ../../nbs/tools/cli.ipynb #ca9668d8
+@dataclass
+class _Changes:
+    "What of a preset is replaced."
+    tokenizer: str = '' # name or folder of a tokenizer with the decoder for the sphere, in place of the preset's
+    control: str = ''   # tokenizer with the equally finetuned decoder of the vanilla arms
+    steps: int = 0      # training steps in place of the preset's
+    samples: int = 0    # samples for the final metrics in place of the preset's
+
+    def of(self, preset: Preset) -> Preset:
+        "The preset with these changes."
+        named = dict(tokenizer=self.tokenizer, control=self.control, samples=self.samples)
+        given: dict[str, Any] = {k: v for k, v in named.items() if v}
+        if self.steps: given['train'] = preset.train | {'steps': self.steps}
+        return replace(preset, **given)
+
 # %% ../../nbs/tools/cli.ipynb #b4abe6d0
 @command
-@options_from(_images)
+@options_from(_Changes, _images)
 def slfm_compare(
     # which experiment: digits, cifar10-taef2, cifar10-taef2-small, flux2-b2, flux2-xl2, vavae-b1, vavae-xl1,
     # repae-flux1-b2
@@ -254,24 +271,16 @@ def slfm_compare(
     images: str = 'digits',                        # image source: digits, a folder, a .parquet file, or a hub data set
     arms: str = 'vanilla-linear,spherical-slerp',  # comma-separated arms, or all
     out: str = 'runs/compare',                     # output folder; what is finished there is reused
-    # name or folder of the tokenizer in place of the preset's, with the decoder for the sphere
-    tokenizer: str = '',
-    control: str = '',                             # tokenizer with the equally finetuned decoder of the vanilla arms
-    steps: int = 0,                                # training steps in place of the preset's
-    samples: int = 0,                              # samples for the final metrics in place of the preset's
     no_curve: bool = False,                        # score the last checkpoint only
     seed: int = 0,                                 # of training and sampling
-    **columns                                      # where the images are
+    **options                                      # changes of the preset, and where the images are
 ):
     """The matched comparison: train, sample and score each arm under one protocol.
 
     Writes report.json, table.csv and report.html; also under `accelerate launch`.
     """
-    chosen = get_preset(preset)
-    given: dict[str, Any] = {k: v for k, v in dict(tokenizer=tokenizer, control=control, samples=samples).items() if v}
-    if steps: given['train'] = chosen.train | {'steps': steps}
-    chosen = replace(chosen, **given)
-    wanted, source = _arms(arms), _images(images, chosen.image_size, **columns)
+    chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset))
+    wanted, source = _arms(arms), _images(images, chosen.image_size, **_chosen(_images, options))
     report = compare(chosen, wanted, out, source, seed, not no_curve)
     if report: _print_report(report, out)
 
@@ -299,31 +308,27 @@ def slfm_demo(
 
 # %% ../../nbs/tools/cli.ipynb #155f6c94
 @command
-@options_from(_images)
+@options_from(Encoding, _images, helps=dict(no_flip='do not encode mirrored images'))
 def slfm_encode(
     tokenizer: str,              # a name or a diffusers autoencoder folder
     images: str,                 # image source: digits, a folder, a .parquet file, or a hub data set
     out: str,                    # folder for the latent shards
     size: int = 256,             # side of the images in pixels
-    no_flip: bool = False,       # do not encode mirrored images
-    dtype: str = 'float32',      # on disk: float32 or bf16
-    precision: str = 'float32',  # of the encoder: float32 or bf16
-    batch_size: int = 64,        # images per encoder call
-    shard_size: int = 4096,      # images per file
     seed: int = 0,               # of the random order in which images are stored; -1 keeps their own
-    **columns                    # where the images are
+    **options                    # how they are stored, and where they are
 ):
     """Encode images once into latent shards with checksums and the tokenizer's identity.
 
     Also under `accelerate launch`. Interrupted, it goes on with the shards that are missing when the line is repeated.
     """
     tok = load_tokenizer(tokenizer, spherical=False, device=default_device())
-    source = _images(images, size, **columns)
+    encoding = Encoding(**_chosen(Encoding, options))
+    source = _images(images, size, **_chosen(_images, options))
     if wants_statistics(tok):
         print(f'{tok.name} brings no statistics, so its latents are stored as they are; '
               'slfm_finetune measures some and keeps them in its tokenizer folders', file=sys.stderr)
     order = source.shuffled(seed) if seed >= 0 else None
-    index = encode_latents(tok, source, out, not no_flip, batch_size, shard_size, order, dtype, precision)
+    index = encode_latents(tok, source, out, encoding, order)
     if processes().is_main_process: _print_index(index, out)
 
 # %% ../../nbs/tools/cli.ipynb #102efe61
@@ -351,66 +356,59 @@ def _print_geometry(rows: list):
 
 # %% ../../nbs/tools/cli.ipynb #3a4d48bf
 @command
-@options_from(_images)
+@options_from(Analysis, _images)
 def slfm_analyze(
     tokenizer: str,                # a name or a folder with an autoencoder
     images: str,                   # image source
     out: str = 'runs/analysis',    # output folder; tokenizers analysed into one folder share its table and figure
     size: int = 256,               # side of the images in pixels
-    count: int = 2048,             # images, drawn at random
     name: str = '',                # row of the table; empty takes the tokenizer's name
-    # auto: measure mean and spread of the latents where the tokenizer brings none; measure; own
-    statistics: str = 'auto',
-    pack: int = 1,                 # measure them in packed blocks of this side
     precision: str = 'float32',    # float32 or bf16
-    batch_size: int = 32,          # images per encoder call
-    seed: int = 0,                 # of the choice of images and the noise
-    **columns                      # where the images are
+    **options                      # what is looked at, and where the images are
 ):
     """Is this latent space a sphere? Norms of tokens; what linear, shell and slerp path do between noise and them.
 
     A table (JSON, CSV) and a figure (PNG, SVG); also under `accelerate launch`.
     """
     tok = load_tokenizer(tokenizer, spherical=False, device=default_device(), dtype=dtype_of(precision))
-    source = _images(images, size, **columns)
-    found = analyze_study(tok, source, out, name, limit=count, statistics=statistics, pack=pack, batch_size=batch_size,
-                          seed=seed)
+    source = _images(images, size, **_chosen(_images, options))
+    found = analyze_study(tok, source, out, name, Analysis(**_chosen(Analysis, options)))
     if not found: return
     _print_geometry([f['row'] for f in found.values()])
     skipped = found[name or tok.name]['protocol']['skipped']
     print(f'{skipped} images skipped; table, numbers and figure in {out}')
 
+# %% ../../nbs/tools/cli.ipynb #c5b50c78
+def _measured(
+    # auto: measure mean and spread of the latents where the tokenizer brings none; measure; own
+    statistics: str = 'auto',
+    pack: int = 1 # measure them in packed blocks of this side
+) -> dict[str, Any]:
+    "What `with_statistics` is told."
+    return {'mode': statistics, 'pack': pack}
+
 # %% ../../nbs/tools/cli.ipynb #6c4df170
 @command
-@options_from(_images)
+@options_from(Probing, _measured, _images)
 def slfm_probe(
     tokenizer: str,                # a name or a folder with an autoencoder
     images: str,                   # image source with classes
     out: str = 'runs/probe',       # output folder
     size: int = 256,               # side of the images in pixels
-    count: int = 1024,             # anchors, drawn at random
-    neighbours: str = 'class',     # partners of the same class, or any
     # comma-separated: pixel, lpips-vgg, lpips-alex, dinov2, efficientnet; auto takes what can be had
     distances: str = 'auto',
-    sensitivity_count: int = 256,  # images for sensitivity and bins of radius
-    # auto: measure mean and spread of the latents where the tokenizer brings none; measure; own
-    statistics: str = 'auto',
-    pack: int = 1,                 # measure them in packed blocks of this side
-    batch_size: int = 32,          # images at a time
-    seed: int = 0,                 # of images, partners and directions
-    **columns                      # where the images are
+    **options                      # on which images, with which statistics, and where the images are
 ):
     """What does this decoder read? Exchange radii and directions, scale and rotate tokens, decode, measure.
 
     Prints how far the swaps between images move the decoded image and the tokens, with 95 % intervals, and the
     sensitivity to radii and directions at equal displacement; writes numbers, figures and an example strip.
     """
-    source = _images(images, size, **columns)
-    if source.labels is not None: find_partners(source.labels, torch.Generator(), neighbours)
-    judges = get_distances(distances)
-    tok = starting_tokenizer(tokenizer, source, out, 'a probe', default_device(), mode=statistics, pack=pack, seed=seed)
-    result = probe_study(tok, source, out, count, neighbours, judges, sensitivity_count, batch_size, seed)
-    _print_probe(result, out)
+    probing, source = Probing(**_chosen(Probing, options)), _images(images, size, **_chosen(_images, options))
+    if source.labels is not None: find_partners(source.labels, torch.Generator(), probing.neighbours)
+    judges, statistics = get_distances(distances), _measured(**_chosen(_measured, options))
+    tok = starting_tokenizer(tokenizer, source, out, 'a probe', default_device(), seed=probing.seed, **statistics)
+    _print_probe(probe_study(tok, source, out, probing, judges), out)
 
 # %% ../../nbs/tools/cli.ipynb #659273e9
 def _print_probe(result: dict, out: str):
@@ -422,13 +420,22 @@ def _print_probe(result: dict, out: str):
           f'not available: {", ".join(p["not_available"]) or "nothing"}; details in {out}')
 
 # %% ../../nbs/tools/cli.ipynb #2e828a42
-def _held_out_images(source: ImageSource, held_out: str, held_out_count: int, size: int, seed: int, columns: dict):
-    "Images for the metrics, readable and in random order; refuses those of the source itself."
-    other = _images(held_out, size, **columns)
-    if other.content == source.content:
-        raise ValueError(f'{held_out} holds the very images to finetune on: '
-                         'give others with --held_out or --held_out_split')
-    return readable(other, held_out_count, other.shuffled(seed))
+@dataclass
+class _HeldOut:
+    "Images for the metrics of a finetuned decoder."
+    held_out: str = ''         # image source for the metrics; empty takes a few of `images` and says so
+    held_out_count: int = 2048 # images of it that are used
+    held_out_split: str = ''   # its split; empty takes the usual one, of the digits the test split
+
+    def load(self, source: ImageSource, columns: dict, seed: int) -> Tensor | None:
+        "Readable ones in random order; refuses those of the source itself."
+        if not self.held_out: return None
+        split = self.held_out_split or ('test' if self.held_out == 'digits' else '')
+        other = _images(self.held_out, source.size, **columns | {'split': split})
+        if other.content == source.content:
+            raise ValueError(f'{self.held_out} holds the very images to finetune on: '
+                             'give others with --held_out or --held_out_split')
+        return readable(other, self.held_out_count, other.shuffled(seed))
 
 # %% ../../nbs/tools/cli.ipynb #8e1fde49
 def _print_finetuning(result: dict, out: str):
@@ -459,38 +466,29 @@ _FINETUNE_HELP = dict(
 
 # %% ../../nbs/tools/cli.ipynb #6d591080
 @command
-@options_from(FinetuneConfig, _images, leave_out=('betas',), helps=_FINETUNE_HELP)
+@options_from(FinetuneConfig, _HeldOut, _measured, _images, leave_out=('betas',), helps=_FINETUNE_HELP)
 def slfm_finetune(
     tokenizer: str,                  # a name or a folder with an autoencoder
     images: str,                     # image source to finetune on
     out: str,                        # output folder; a run that was stopped there goes on
-    held_out: str = '',              # image source for the metrics; empty takes a few of `images` and says so
-    held_out_count: int = 2048,      # images of it that are used
-    held_out_split: str = '',        # its split; empty takes the usual one, of the digits the test split
     size: int = 256,                 # side of the images in pixels
     # comma-separated: spherical (behind the projection), control (the same recipe without it)
     arms: str = 'spherical,control',
-    # auto: measure mean and spread of the latents where the tokenizer brings none; measure; own
-    statistics: str = 'auto',
-    pack: int = 1,                   # measure them in packed blocks of this side
     # features for rFID: inception, efficientnet, digits, none; auto takes what can be had
     extractor: str = 'auto',
-    **options                        # fields of `FinetuneConfig`, and where the images are
+    **options                        # fields of `FinetuneConfig`, and where all images are
 ):
     """Finetune a decoder for the sphere, and its control; also under `accelerate launch`.
 
     Ends with a table of reconstructions, evaluation.json, strip.png, and a diffusers folder `ARM/tokenizer` each.
     """
-    config = FinetuneConfig(**_chosen(FinetuneConfig, options))
-    columns = _chosen(_images, options)
+    config, columns = FinetuneConfig(**_chosen(FinetuneConfig, options)), _chosen(_images, options)
     wanted = tuple(a.strip() for a in arms.split(','))
     check_finetune(wanted, extractor)
-    source, test = _images(images, size, **columns), None
-    if held_out:
-        columns['split'] = held_out_split or ('test' if held_out == 'digits' else '')
-        test = _held_out_images(source, held_out, held_out_count, size, config.seed, columns)
-    settings: dict[str, Any] = dict(mode=statistics, pack=pack, seed=config.seed)
-    tok = starting_tokenizer(tokenizer, source, out, 'finetuning', default_device(), **settings)
+    source = _images(images, size, **columns)
+    test = _HeldOut(**_chosen(_HeldOut, options)).load(source, columns, config.seed)
+    statistics = _measured(**_chosen(_measured, options))
+    tok = starting_tokenizer(tokenizer, source, out, 'finetuning', default_device(), seed=config.seed, **statistics)
     result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if result: _print_finetuning(result, out)
 
@@ -759,17 +757,38 @@ def slfm_evaluate(
     print(json.dumps(figures, indent=1))
 
 # %% ../../nbs/tools/cli.ipynb #090e02c1
-#: Options that a benchmark of a model takes.
-_OF_A_MODEL = 'model', 'batch_size', 'side', 'precision'
-#: Benchmarks, and the options that each of them takes.
-_BENCHMARKS: dict[str, tuple[Callable, tuple]] = {
-    'paths': (bench_paths, ('rounds',)),
-    'tokenizer': (bench_tokenizer, ('tokenizer', 'images', 'size', 'count', 'batch_size', 'rounds')),
-    'train': (bench_train, (*_OF_A_MODEL, 'rounds', 'eager')),
-    'sample': (bench_sample, (*_OF_A_MODEL, 'rounds')),
-    'loader': (bench_loader, _OF_A_MODEL),
-    'fidelity': (bench_fidelity, ('extractor', 'tokenizer', 'size', 'count', 'rounds')),
+#: Benchmarks, whose parameters are the options.
+_BENCHMARKS: dict[str, Callable] = {
+    'train': bench_train,
+    'sample': bench_sample,
+    'loader': bench_loader,
+    'fidelity': bench_fidelity,
+    'paths': bench_paths,
+    'tokenizer': bench_tokenizer,
 }
+#: Help where the comment of a parameter is not enough for a shell.
+_BENCH_HELP = dict(
+    rounds='runs in turn',
+    model='SiT-{Ti,S,B,L,XL}/{1,2,4,8}',
+    batch_size='samples or images at a time',
+    precision='float32 or bf16',
+    side='side of the latents, which have 32 channels',
+    extractor='inception, efficientnet or digits',
+    steps='solver steps, or training steps that are timed',
+    size='side of the images in pixels; 256, for digits 16',
+    count='images, or latents on disk',
+    no_eager='leave out the step without torch.compile',
+)
+
+def _taken_by(work: Callable) -> set[str]:
+    "Names of the options of a benchmark."
+    return {_option(p, True).name for p in inspect.signature(work).parameters.values()}
+
+def _with_takers(helps: dict) -> dict:
+    "Help that begins with the benchmarks which take an option."
+    comments = {k: v for work in reversed(_BENCHMARKS.values()) for k, v in docments(work, returns=False).items()}
+    takers = {k: [name for name, work in _BENCHMARKS.items() if k in _taken_by(work)] for k in comments | helps}
+    return {k: f'for {", ".join(takers[k])}: {text}' for k, text in (comments | helps).items()}
 
 # %% ../../nbs/tools/cli.ipynb #841d5244
 def _print_benchmark(result: dict):
@@ -780,31 +799,24 @@ def _print_benchmark(result: dict):
 
 # %% ../../nbs/tools/cli.ipynb #d49a9dbe
 @command
+@options_from(*_BENCHMARKS.values(), unset=True, helps=_with_takers(_BENCH_HELP))
 def slfm_bench(
     # train, sample, loader, fidelity, paths (slerp's interpolate against linear's) or tokenizer (streaming against the
     # bare encoder loop, and memory)
     what: str,
-    rounds: int = 0,             # runs in turn; 0 takes a default
-    model: str = '',             # for train, sample, loader: SiT-{Ti,S,B,L,XL}/{1,2,4,8}
-    precision: str = 'float32',  # for train, sample, loader: float32 or bf16
-    side: int = 16,              # for train, sample, loader: side of the latents, which have 32 channels
-    batch_size: int = 0,         # 0 takes a default: train and tokenizer 32, sample 64, loader 256
-    no_eager: bool = False,      # for train: leave out the step without torch.compile
-    tokenizer: str = 'digits',   # for tokenizer, fidelity: a name or a folder with an autoencoder
-    images: str = 'digits',      # for tokenizer: image source
-    extractor: str = 'digits',   # for fidelity
-    size: int = 0,               # for tokenizer, fidelity: side of the images in pixels; 0 takes 256, for digits 16
-    count: int = 256,            # for tokenizer, fidelity: images
-    out: str = ''                # JSON file for the result; empty prints only
+    out: str = '', # JSON file for the result; empty prints only
+    **options      # those of the benchmark
 ):
     "Speed as ratios measured in one run on this machine."
-    dtype_of(precision)
     if what not in _BENCHMARKS: raise ValueError(f'unknown benchmark {what!r}: choose one of {", ".join(_BENCHMARKS)}')
+    work = _BENCHMARKS[what]
+    unused = {k for k, v in options.items() if v not in (None, False)} - _taken_by(work)
+    if unused: raise ValueError(f'the benchmark {what!r} has no option {", ".join(sorted(unused))}')
     if out: claim_file(out)
-    options = dict(precision=precision, side=side, eager=not no_eager, tokenizer=tokenizer, images=images,
-                   extractor=extractor, size=size or (16 if tokenizer == 'digits' else 256), count=count)
-    options |= {k: v for k, v in dict(rounds=rounds, model=model, batch_size=batch_size).items() if v}
-    work, taken = _BENCHMARKS[what]
-    result = work(**{k: options[k] for k in taken if k in options}) | {'environment': environment()}
+    dtype_of(options['precision'] or 'float32')
+    chosen = _chosen(work, options)
+    if 'size' in _taken_by(work):
+        chosen.setdefault('size', 16 if chosen.get('tokenizer', 'digits') == 'digits' else 256)
+    result = work(**chosen) | {'environment': environment()}
     if out: write_json(claim_file(out), result)
     _print_benchmark(result)
