@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_norm', 'chi_mean', 'chi_variance', 'shell_tail_bound', 'norm_stats', 'radial_share', 'path_norms',
-           'chord_radial_share', 'off_shell_distance', 'isotropic_pair', 'pair_profile']
+           'linear_radial_share', 'off_shell_distance', 'isotropic_pair', 'pair_profile']
 
 # %% ../nbs/01_concentration.ipynb #5b03473f
 import math
@@ -98,7 +98,7 @@ def path_norms(
     return dict(zip(('mean', 'std', 'radial_share'), torch.stack([torch.stack(r).cpu() for r in rows]).T))
 
 # %% ../nbs/01_concentration.ipynb #319cca6d
-def chord_radial_share(
+def linear_radial_share(
     t: Tensor | float, # times in [0, 1]
     r0: float = 1.,    # radius of the noise
     r1: float = 1.     # radius of the data, in the same unit

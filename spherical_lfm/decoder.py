@@ -28,7 +28,7 @@ from .engine.features import efficientnet_distance, frechet_distance, lpips_dist
 from .engine.files import atomic_write, tensor_digest
 from .engine.images import save_grid
 from spherical_lfm.engine.runs import (
-    DataOrder, Prefetcher, ResumableRun, optimizer_tensors, restore_optimizer, seal, seeded_generator,
+    DataOrder, Prefetcher, ResumableRun, Stream, optimizer_tensors, restore_optimizer, seal, seeded_generator,
     swapped_weights,
 )
 from .tokenizers import Tokenizer
@@ -168,7 +168,8 @@ class _Feed:
         return self.images[at] if torch.is_tensor(self.images) else torch.stack([self._one(n) for n in at.tolist()])
 
     def _read(self, step: int) -> Tensor:
-        x, g = self.take(self.order.indices(step)[self.share]), seeded_generator('cpu', self.config.seed, 4, step)
+        x = self.take(self.order.indices(step)[self.share])
+        g = seeded_generator('cpu', self.config.seed, Stream.IMAGE_FLIPS, step)
         flips = torch.rand(self.config.batch_size, generator=g)[self.share] < .5*self.config.flip
         return torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
 

@@ -189,7 +189,7 @@ def _interval(figure: float, f: Tensor, there: dict, bootstrap: int, seed: int) 
 
 # %% ../nbs/11_fidelity.ipynb #82ecd151
 def _paired_figures(a: Tensor, b: Tensor, metrics: tuple) -> dict:
-    "Figures of samples `a` against real ones `b`."
+    "Metrics of samples `a` against real ones `b`."
     figures = {}
     if 'kid' in metrics:
         found = kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a), len(b)), verbose=False)
@@ -218,12 +218,12 @@ def _finite(figures: dict) -> dict:
 def score_features(
     samples: dict,             # parts of an extractor -> [N, f]
     reference: dict,           # the same, or statistics from `load_reference`
-    metrics: tuple = METRICS,  # which figures; those that the reference cannot give are left out
+    metrics: tuple = METRICS,  # which ones; those that the reference cannot give are left out
     bootstrap: int = 0,        # resamplings for the interval of the Fréchet distance; 0 gives none
     seed: int = 0,             # of the bootstrap
     extractor: str = 'inception' # whose features these are: the Fréchet distance is called FID for Inception alone
 ) -> dict: # 'fid' or 'fd', also with '_interval' and, if spatial, 's' before it; 'kid', 'is', 'precision', 'recall'
-    """Figures from features.
+    """Metrics from features.
 
     Raises `ValueError` for features of another size, fewer than 10 samples, or values that are not finite.
     """
@@ -249,8 +249,8 @@ def protocol_of(
     samples: int,          # how many
     reference_name: str,   # what they were compared with
     reference: dict        # features or statistics
-) -> dict: # what must be said beside a figure
-    "The record that makes figures comparable."
+) -> dict: # what must be said beside a metric
+    "The record that makes metrics comparable."
     e = _extractor(extractor)
     count = len(reference['features']) if 'features' in reference else reference.get('count')
     return {
@@ -268,8 +268,8 @@ def protocol_of(
 def differences(
     a: dict, # a protocol
     b: dict  # another one
-) -> list[str]: # one phrase each; empty if figures may be compared
-    "Why two figures cannot be compared: another extractor, count, reference, size, resize rule or mixture of classes."
+) -> list[str]: # one phrase each; empty if metrics may be compared
+    "Why two metrics cannot be compared: another extractor, count, reference, size, resize rule or mixture of classes."
     keys = ('extractor', 'layer', 'samples', 'reference_count', 'resize', 'bits', 'side', 'mixture')
     apart = [f'{k}: {a.get(k)} against {b.get(k)}' for k in keys if a.get(k) != b.get(k)]
     which = 'reference_content' if a.get('reference_content') or b.get('reference_content') else 'reference'
@@ -339,10 +339,10 @@ def evaluate(
     reference: Tensor,               # [M, 3, H, W] in [-1, 1]
     extractor: str = 'inception',    # a key of `EXTRACTORS`
     reference_name: str = 'given',   # what the reference is, for the record
-    metrics: tuple = METRICS,        # which figures
+    metrics: tuple = METRICS,        # which ones
     batch_size: int = 64,            # images at a time
     bootstrap: int = 0               # resamplings for the interval of the Fréchet distance
-) -> dict: # figures and 'protocol'
+) -> dict: # metrics and 'protocol'
     """Score images in memory against others; the result says how.
 
     Raises `ValueError` for wrong shapes, NaN, or too few images.

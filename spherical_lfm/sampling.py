@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .engine.checks import check_range, check_tokens
 from .engine.files import tensor_digest
-from .engine.runs import checkpoints, dtype_of, newest_checkpoint, seeded_generator
+from .engine.runs import Stream, checkpoints, dtype_of, newest_checkpoint, seeded_generator
 from .paths import ARMS, FlowPath, arm_path, shift_time
 from .sit import SiT
 from .tokenizers import Tokenizer, load_tokenizer
@@ -38,7 +38,7 @@ def initial_noise(
 ) -> Tensor: # [N, d, h, w], float32, on the CPU
     "Noise of numbered samples."
     if not len(numbers): return torch.empty(0, *shape)
-    return torch.cat([path.prior((1, *shape), seeded_generator('cpu', seed, 3, n)) for n in numbers])
+    return torch.cat([path.prior((1, *shape), seeded_generator('cpu', seed, Stream.SAMPLES, n)) for n in numbers])
 
 # %% ../nbs/09_sampling.ipynb #6e6f1ded
 def euler(

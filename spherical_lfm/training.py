@@ -27,7 +27,7 @@ from .engine.checks import check_range
 from .engine.files import atomic_write
 from .engine.latents import LatentDataset, LatentLoader, send_to
 from spherical_lfm.engine.runs import (
-    ResumableRun, checkpoints, optimizer_tensors, remove_checkpoint, restore_optimizer, seal, seeded_generator,
+    ResumableRun, Stream, checkpoints, optimizer_tensors, remove_checkpoint, restore_optimizer, seal, seeded_generator,
     swapped_weights, tracker_names,
 )
 from .paths import FlowPath, arm_path, shift_time
@@ -130,7 +130,7 @@ def times_and_drops(
     step: int            # step number, from 0
 ) -> tuple[Tensor, Tensor]: # times [batch_size]; whether a label is dropped [batch_size]
     "Times and dropped labels of a step, for the global batch."
-    n, g = config.batch_size, seeded_generator('cpu', config.seed, 1, step)
+    n, g = config.batch_size, seeded_generator('cpu', config.seed, Stream.TIMES, step)
     drop = torch.rand(n, generator=g) < config.label_dropout
     t = torch.rand(n, generator=g) if config.time_sampling == 'uniform' else torch.randn(n, generator=g).sigmoid()
     return shift_time(t, config.time_shift), drop
@@ -144,7 +144,7 @@ def matched_noise(
     device: str | torch.device = 'cpu' # where it is drawn
 ) -> Tensor: # [batch_size, d, h, w]
     "Noise of a step, for the global batch: the same Gaussian numbers in every arm."
-    g = seeded_generator(device, config.seed, 2, step)
+    g = seeded_generator(device, config.seed, Stream.NOISE, step)
     return path.prior((config.batch_size, *shape), generator=g, device=device)
 
 # %% ../nbs/08_training.ipynb #a00ac27c
@@ -223,8 +223,9 @@ def _check_share(config: TrainConfig, world: int):
     "Raise `ValueError` for a batch that cannot be divided evenly."
     parts = world*config.accumulate
     if config.batch_size % parts == 0: return
-    raise ValueError(f'batch_size {config.batch_size} cannot be divided among {world} processes '
-                     f'in {config.accumulate} parts each: choose a multiple of {parts}')
+    times = f' that accumulate {config.accumulate} times' if config.accumulate > 1 else ''
+    raise ValueError(f'batch_size {config.batch_size} cannot be divided among {world} processes{times}: '
+                     f'choose a multiple of {parts}')
 
 # %% ../nbs/08_training.ipynb #bbea854e
 def _new_network(config: TrainConfig, data: LatentDataset, classes: int) -> SiT:

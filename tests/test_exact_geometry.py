@@ -10,8 +10,8 @@ from spherical_lfm import concentration, sphere
 from spherical_lfm.concentration import (
     chi_mean,
     chi_variance,
-    chord_radial_share,
     isotropic_pair,
+    linear_radial_share,
     norm_stats,
     off_shell_distance,
     pair_profile,
@@ -78,11 +78,11 @@ def test_the_closed_form_is_what_chords_do(r1):
     z0, z1 = sphere.project(gauss(300, d, 1, 1)), r1*sphere.project(gauss(300, d, 1, 1, seed=1))
     for t in (0., .25, .5, 1.):
         found = radial_share(*LinearPath().interpolate(z0, z1, torch.full((300,), t, dtype=torch.float64)))
-        assert found == pytest.approx(chord_radial_share(t, 1., r1).item(), abs=.01)
+        assert found == pytest.approx(linear_radial_share(t, 1., r1).item(), abs=.01)
     for t in (0., .25, .9): # a common unit of both radii drops out
-        assert chord_radial_share(t, 3., 3*r1).item() == pytest.approx(chord_radial_share(t, 1., r1).item())
-    assert chord_radial_share(0., 1., r1).item() == pytest.approx(1/(1 + r1**2))
-    assert chord_radial_share(1., 1., r1).item() == pytest.approx(r1**2/(1 + r1**2))
+        assert linear_radial_share(t, 3., 3*r1).item() == pytest.approx(linear_radial_share(t, 1., r1).item())
+    assert linear_radial_share(0., 1., r1).item() == pytest.approx(1/(1 + r1**2))
+    assert linear_radial_share(1., 1., r1).item() == pytest.approx(r1**2/(1 + r1**2))
 
 
 def test_excursion_by_hand():

@@ -39,7 +39,23 @@ def photo(arm, key='fd', seed=None):
     return mean(r['guided'][0][key] for r in rows)
 
 
-def swapped(arm): return next(r['fd'] for r in PHOTOS['swap'] if r['arm'] == arm and r['seed'] == 0)
+def swapped(arm, key='fd', seed=0): # through the other decoder
+    return next(r[key] for r in PHOTOS['swap'] if (r['arm'], r['seed']) == (arm, seed))
+
+
+def lead(key, seed, decoder=None): # of slerp over vanilla-linear, each through its own decoder or both through one
+    linear = swapped(CHORD, key, seed) if decoder == 'spherical' else photo(CHORD, key, seed)
+    return linear - (swapped(ARC, key, seed) if decoder == 'control' else photo(ARC, key, seed))
+
+
+def shares(key): # of the lead that stay with one decoder, in per cent
+    found = [100*lead(key, s, d)/lead(key, s) for s in (0, 1) for d in ('control', 'spherical')]
+    return min(found), max(found)
+
+
+def ahead(arm, steps): # KID by which the exponential map is lower than the straight step
+    found = {r['exponential']: r['kid'] for r in PHOTOS['sweep'] if (r['arm'], r['steps']) == (arm, steps)}
+    return found[False] - found[True]
 
 
 def psnr(pipeline): return DECODER['pipelines'][pipeline]['psnr']
@@ -85,7 +101,7 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('05_probes', 'while it is small ({:.1f} to {:.1f} times as much', scaled('efficientnet', 'longer', .2)),
     ('05_probes', 'when it is large ({:.1f} to {:.1f} times at 1)', at_one('longer')),
     ('08_training', 'the median of five pairwise ratios is {:.3f}', (BENCH['slerp_over_linear'],)),
-    ('08_training', '({:,.0f} ms for the arc, {:,.0f} ms for the chord)',
+    ('08_training', '({:,.0f} ms for slerp, {:,.0f} ms for linear)',
      [BENCH['ms_per_step'][path] for path in ('slerp', 'linear')]),
     ('10_solvers', 'arrive at {:.2f} to {:.2f}', (min(LAST), max(LAST))),
     ('10_solvers', 'tried, is at {:.2f}', (SOLVERS['euler', 64],)),
@@ -106,24 +122,34 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('12_experiments', '({:.1f} dB against {:.1f} dB, chapter 06)',
      [psnr(f'finetuned {decoder}') for decoder in ('spherical', 'control')]),
     ('12_experiments', 'the linear path\'s is the **lower** one ({:.2f} against {:.2f})', (power(CHORD), power(ARC))),
-    ('12_experiments', 'slerp is ahead by {:.0f}: {:.0f} against {:.0f} through the control, '
-     '{:.0f} against {:.0f} through the spherical',
-     (photo(CHORD, seed=0) - swapped(ARC), photo(CHORD, seed=0), swapped(ARC), swapped(CHORD), photo(ARC, seed=0))),
-    ('12_experiments', 'the spherical decoder is ahead by {:.0f}', (photo(CHORD, seed=0) - swapped(CHORD),)),
-    ('12_experiments', 'of the {:.0f} between these two arms', (photo(CHORD, seed=0) - photo(ARC, seed=0),)),
-    ('12_experiments', 'through the spherical decoder ({:.0f}) is where spherical-linear is ({:.0f})',
-     (swapped(CHORD), photo(SPHERE, seed=0))),
+    ('12_experiments', 'slerp is ahead in KID by {:.3f} through the control ({:.3f} against {:.3f}), and by {:.3f} '
+     'through the spherical decoder ({:.3f} against {:.3f})',
+     (lead('kid', 0, 'control'), photo(CHORD, 'kid', 0), swapped(ARC, 'kid'),
+      lead('kid', 0, 'spherical'), swapped(CHORD, 'kid'), photo(ARC, 'kid', 0))),
+    ('12_experiments', 'At seed 1 it is ahead by {:.3f} through either', (lead('kid', 1, 'control'),)),
+    ('12_experiments', 'At seed 1 it is ahead by {:.3f} through either', (lead('kid', 1, 'spherical'),)),
+    ('12_experiments', 'it is ahead by {:.3f} and {:.3f}.', [lead('kid', s) for s in (0, 1)]),
+    ('12_experiments', 'So {:.0f} % to {:.0f} % of the lead goes with the flow', shares('kid')),
+    ('12_experiments', 'By Fréchet distance it is {:.0f} % to {:.0f} %', shares('fd')),
+    ('12_experiments', 'through the spherical decoder ({:.3f} and {:.3f}) is where spherical-linear is ({:.3f} in both)',
+     (*(swapped(CHORD, 'kid', s) for s in (0, 1)), photo(SPHERE, 'kid', 1))),
+    ('12_experiments', 'have a KID of {:.4f} and a Fréchet distance of {:.0f}', [PHOTOS['floor'][k] for k in ('kid', 'fd')]),
+    ('12_experiments', 'it is ahead by {:.4f} at 5 steps', (ahead(ARC, 5),)),
+    ('12_experiments', 'it is behind by {:.4f} at 5 steps', (-ahead(f'{ARC} without projection', 5),)),
+    ('12_experiments', 'stands at {:.0f} at step 800 and at {:.0f} at step 2,400',
+     [next(p['fd'] for r in PHOTOS['rows'] if (r['arm'], r['seed']) == (CHORD, 0) for p in r['curve'] if p['step'] == step)
+      for step in (800, 2400)]),
     ('12_experiments', 'takes KID from {:.3f} to {:.3f}; with the projection it is {:.3f}',
      [photo(arm, 'kid', 0) for arm in (SPHERE, f'{ARC} without projection', ARC)]),
     ('12_experiments', 'In Fréchet distance: {:.0f}, {:.0f} and {:.0f}',
      [photo(arm, seed=0) for arm in (SPHERE, f'{ARC} without projection', ARC)]),
     ('12_experiments', 'nearly the same without it ({:.3f}) and with it ({:.3f})',
      [power(f'{ARC} without projection'), power(ARC)]),
-    ('tutorial_sit', 'goes from {:.0f} (chord, vanilla) to {:.0f} with data and noise projected (1, 2), '
-     'to {:.0f} with the arc *without*',
+    ('tutorial_sit', 'goes from {:.0f} (linear, vanilla) to {:.0f} with data and noise projected (1, 2), '
+     'to {:.0f} with slerp *without*',
      (photo(CHORD, seed=0), photo(SPHERE, seed=0), photo(f'{ARC} without projection', seed=0))),
     ('tutorial_sit', 'and to {:.0f} with it (4)', (photo(ARC, seed=0),)),
-    ('tutorial_sit', 'the vanilla chord has {:.0f}', (swapped(CHORD),)),
+    ('tutorial_sit', 'vanilla-linear has {:.0f}', (swapped(CHORD),)),
 ]
 
 

@@ -245,7 +245,7 @@ def set_slider(page, widget: str, name: str, value: float) -> dict:
 
 
 def test_widgets_agree_with_the_package(visit):
-    from spherical_lfm.concentration import chi_mean, chi_variance, chord_radial_share
+    from spherical_lfm.concentration import chi_mean, chi_variance, linear_radial_share
     page = visit('sphere.html')
     for degrees in (30, 90, 160):
         set_slider(page, 'sphere', 'theta', degrees)
@@ -261,7 +261,7 @@ def test_widgets_agree_with_the_package(visit):
         assert math.isclose(found['mean'], chi_mean(d)/d**.5, abs_tol=2e-3) and math.isclose(found['cv'], chi_variance(d)**.5/chi_mean(d), abs_tol=3e-3)
     for ratio in (.35, .94, 1.5):
         found = set_slider(page, 'share', 'ratio', ratio)
-        assert math.isclose(found['start'], chord_radial_share(0., 1., ratio).item(), abs_tol=1e-6) and math.isclose(found['end'], chord_radial_share(1., 1., ratio).item(), abs_tol=1e-6)
+        assert math.isclose(found['start'], linear_radial_share(0., 1., ratio).item(), abs_tol=1e-6) and math.isclose(found['end'], linear_radial_share(1., 1., ratio).item(), abs_tol=1e-6)
     page = visit('probes.html')
     page.select_option('#slfm-swap [name=what]', '1')
     found = set_slider(page, 'swap', 'share', 2)

@@ -31,7 +31,7 @@ from spherical_lfm.engine.files import (
 )
 from .images import ImageSource, apart_from
 from .processes import processes, told_by_main
-from .runs import DataOrder, Prefetcher, seeded_generator
+from .runs import DataOrder, Prefetcher, Stream, seeded_generator
 from typing import Any
 
 # %% ../../nbs/engine/latents.ipynb #9d3d2170
@@ -519,7 +519,8 @@ class LatentLoader:
 @patch
 def _prepare(self: LatentLoader, step: int) -> tuple[Tensor, Tensor]:
     "This process's share of a batch, where the latents are."
-    flips = torch.rand(self.order.batch_size, generator=seeded_generator('cpu', self.seed, 5, step)) < self.flip
+    g = seeded_generator('cpu', self.seed, Stream.LATENT_FLIPS, step)
+    flips = torch.rand(self.order.batch_size, generator=g) < self.flip
     z, y = self.data.batch(self.order.indices(step)[self.share], flips[self.share])
     return (z.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' and z.device.type == 'cpu' else (z, y)
 

@@ -33,7 +33,7 @@ from ..engine.processes import RunningMoments, merge_over_processes, processes, 
 from ..engine.report import environment
 from ..engine.weights import DATA
 from spherical_lfm.concentration import (
-    chi_mean, chi_variance, off_shell_distance, chord_radial_share, norm_stats, pair_profile, token_norm,
+    chi_mean, chi_variance, off_shell_distance, linear_radial_share, norm_stats, pair_profile, token_norm,
 )
 from ..decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from ..experiments import PRESETS, TIMES, Preset, decoder_name, prepare_latents, reference_features, run_arm
@@ -195,7 +195,7 @@ def _path_summary(s: TokenStatistics, times: Tensor) -> dict:
     return {
         'excursion_sigma': s.excursion(),
         'times': _rounded(times),
-        'chord_radial_share_closed_form': _rounded(chord_radial_share(times, *rms)),
+        'linear_radial_share_closed_form': _rounded(linear_radial_share(times, *rms)),
         'paths': {p: {'mean_over_sqrt_d': _rounded(m.mean/root),
                       'std_over_sqrt_d': _rounded(m.std/root),
                       'radial_share': _rounded(s.share(p))} for p, m in s.along.items()},
