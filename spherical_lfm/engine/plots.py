@@ -199,7 +199,7 @@ def _draw_shares(ax, p: dict):
     "Radial share along the three paths, with the closed form of the linear path."
     for path, c in p['paths'].items():
         ax.plot(p['times'], c['radial_share'], label=path, **path_style(path))
-    ax.plot(p['times'], p['linear_radial_share_closed_form'], 'k:', label='closed form, linear')
+    ax.plot(p['times'], p['chord_radial_share_closed_form'], 'k:', label='closed form, linear')
     ax.set(xlabel='t (noise to data)', ylabel='radial share', ylim=(-.02, 1))
 
 # %% ../../nbs/engine/plots.ipynb #da94adcb

@@ -195,7 +195,7 @@ def _path_summary(s: TokenStatistics, times: Tensor) -> dict:
     return {
         'excursion_sigma': s.excursion(),
         'times': _rounded(times),
-        'linear_radial_share_closed_form': _rounded(linear_radial_share(times, *rms)),
+        'chord_radial_share_closed_form': _rounded(linear_radial_share(times, *rms)),
         'paths': {p: {'mean_over_sqrt_d': _rounded(m.mean/root),
                       'std_over_sqrt_d': _rounded(m.std/root),
                       'radial_share': _rounded(s.share(p))} for p, m in s.along.items()},
