@@ -1,4 +1,5 @@
 """Every option of the commands reaches what it sets, seen by recorders in place of the work."""
+import functools
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -159,3 +160,15 @@ def test_options_of_probing_and_analysing(monkeypatch, tmp_path):
                                                           statistics='measure', pack=2, hold=20, batch_size=5, seed=2))])
     given = analyze.calls[0]
     assert given['name'] == 'mine' and given['analysis'] == Analysis(30, 'measure', 2, 20, 5, 2)
+
+
+def test_options_of_a_benchmark(monkeypatch):
+    "Only what was given reaches the benchmark; the side of images follows the tokenizer."
+    given = []
+    for name in ('train', 'tokenizer', 'fidelity'):
+        monkeypatch.setitem(cli._BENCHMARKS, name, functools.wraps(cli._BENCHMARKS[name])(lambda **taken: given.append(taken) or stop(taken)))
+    for argv in (['train', '--model', 'SiT-B/2', '--side', '8', '--no_eager'], ['tokenizer', '--tokenizer', 'taef2', '--count', '9'],
+                 ['fidelity', '--rounds', '2'], ['fidelity', '--size', '32']):
+        with pytest.raises(Stop): cli.slfm_bench(argv)
+    assert given == [dict(model='SiT-B/2', side=8, eager=False), dict(tokenizer='taef2', count=9, size=256),
+                     dict(rounds=2, size=16), dict(size=32)]

@@ -183,6 +183,7 @@ COMMANDS = [
     ('slfm_evaluate run digits --extractor digits --size 16 --save gif', "save must be 'none', 'png' or 'npz'"),
     ('slfm_evaluate run digits --extractor digits --size 16 --method rk9', 'unknown method'),
     ('slfm_bench everything', 'unknown benchmark'),
+    ('slfm_bench paths --side 8 --no_eager', 'paths has no option no_eager, side: give only rounds'),
     ('slfm_bench train --precision fp8', 'float32 or bf16'),
     ('slfm_bench sample --model SiT-Z/9', 'unknown model'),
     ('slfm_sample run new --guidance 2 --guide_from .9 --guide_to .1', 'guidance from 0.9 to 0.1 is an empty interval'),

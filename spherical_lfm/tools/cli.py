@@ -810,12 +810,13 @@ def slfm_bench(
     "Speed as ratios measured in one run on this machine."
     if what not in _BENCHMARKS: raise ValueError(f'unknown benchmark {what!r}: choose one of {", ".join(_BENCHMARKS)}')
     work = _BENCHMARKS[what]
-    unused = {k for k, v in options.items() if v not in (None, False)} - _taken_by(work)
-    if unused: raise ValueError(f'the benchmark {what!r} has no option {", ".join(sorted(unused))}')
+    taken = _taken_by(work)
+    unused = ', '.join(sorted({k for k, v in options.items() if v not in (None, False)} - taken))
+    if unused: raise ValueError(f'{what} has no option {unused}: give only {", ".join(sorted(taken))}')
     if out: claim_file(out)
     dtype_of(options['precision'] or 'float32')
     chosen = _chosen(work, options)
-    if 'size' in _taken_by(work):
+    if 'size' in taken:
         chosen.setdefault('size', 16 if chosen.get('tokenizer', 'digits') == 'digits' else 256)
     result = work(**chosen) | {'environment': environment()}
     if out: write_json(claim_file(out), result)
