@@ -351,7 +351,7 @@ TRAINING = faults(
     ('every arm has its own noise', 'seeded_generator(device, config.seed, Stream.NOISE, step)',
      'seeded_generator(device, config.seed, Stream.NOISE, step, len(config.arm))',
      'arms are matched', 'exact_training::test_noise_is_fresh_gaussian_and_the_same_for_all_arms'),
-    ('initialisation ignores the seed', 'torch.manual_seed(config.seed)', 'torch.manual_seed(0)',
+    ('initialisation ignores the seed', 'torch.default_generator.manual_seed(config.seed)', 'torch.default_generator.manual_seed(0)',
      'the seed draws everything', 'exact_training::test_the_seed_alone_initialises'),
     ('the output is not projected before the loss', 'error = (path.tangent(z_t, v) - target)', 'error = (v - target)',
      'the loss of the method', 'exact_training::test_radial_errors_count_only_without_projection',
