@@ -14,7 +14,7 @@ from spherical_lfm import experiments as ex
 from spherical_lfm.concentration import norm_stats, path_norms, radial_share
 from spherical_lfm.engine.features import extract_features, frechet_distance, psnr
 from spherical_lfm.engine.images import ImageSource, digits_images
-from spherical_lfm.engine.latents import LatentDataset
+from spherical_lfm.engine.latents import Encoding, LatentDataset
 from spherical_lfm.paths import ARMS, SlerpPath
 from spherical_lfm.sampling import Sampler, initial_noise, load_run, sample, trajectory, velocity_field
 from spherical_lfm.sphere import project
@@ -168,7 +168,7 @@ def test_latents_of_a_comparison_are_the_vanilla_ones(monkeypatch, tmp_path, fli
     assert not tokenizer.spherical
     assert given['tokenizer'] is tokenizer
     assert tokenizer.identity == load_tokenizer('digits').identity
-    assert (given['source'], given['flip'], given['precision']) == (source, flip, 'bf16')
+    assert given['source'] is source and given['encoding'] == Encoding(flip, precision='bf16')
 
 
 def test_each_arm_has_its_decoder():

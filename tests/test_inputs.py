@@ -198,7 +198,7 @@ COMMANDS = [
     ('slfm_train latents new --preset digits --resume file', 'file is no checkpoint'),
     ('slfm_train latents run --preset digits --resume never', 'resume is never'),
     ('slfm_train latents run --preset digits --lr 0.5', 'changed settings'),
-    ('slfm_train latents new --preset digits --accumulate 7', 'cannot be divided among 1 processes in 7 parts'),
+    ('slfm_train latents new --preset digits --accumulate 7', 'cannot be divided among 1 processes that accumulate 7 times: choose a multiple of 7'),
     ('slfm_train latents new --preset digits --classes 5', 'labels go from 0 up to 9, but classes are 0 to 4'),
     ('slfm_sample file new', 'no checkpoint in file'),
     ('slfm_sample nowhere new', 'no checkpoint in nowhere'),
