@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from spherical_lfm.engine import latents
 from spherical_lfm.engine.images import ImageSource, digits_images, to_tensor
 from spherical_lfm.engine.latents import Encoding, LatentDataset, LatentLoader, WindowOrder, encode_latents
-from spherical_lfm.sphere import project
-from spherical_lfm.engine import latents
 from spherical_lfm.experiments import PRESETS, prepare_latents
+from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer, with_statistics
 
 
@@ -150,7 +150,7 @@ def test_windows_and_batches_of_imagenet_mix_its_classes():
 @pytest.mark.parametrize('write', ['encode_latents', 'prepare_latents'])
 def test_whoever_writes_a_cache_shuffles_it(tmp_path, write):
     images, labels = digits_images('train')
-    by_class = labels.argsort()
+    by_class = labels.argsort(stable=True)
     for n in by_class.tolist():
         folder = tmp_path/'images'/str(labels[n].item())
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,4 +162,4 @@ def test_whoever_writes_a_cache_shuffles_it(tmp_path, write):
     assert data.index['seed'] == 0 and torch.equal(data.y, labels[by_class][source.shuffled(0)])
     assert len(data.y[:100].unique()) == 10
     z, _ = data.batch(torch.arange(5))
-    torch.testing.assert_close(z, tokenizer.encode(images[by_class][source.shuffled(0)[:5]]), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(z, tokenizer.encode(images[by_class][source.shuffled(0)[:5]]), atol=.1, rtol=0) # 8 bits
