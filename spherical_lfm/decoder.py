@@ -135,8 +135,8 @@ def _unfreeze_decoder(autoencoder: nn.Module) -> tuple[tuple, tuple, Tensor]:
 # %% ../nbs/06_decoder.ipynb #6bf996c5
 def _new_discriminator(c: FinetuneConfig) -> PatchDiscriminator:
     "A function of the seed; what the caller draws at random stays as it is."
-    with torch.random.fork_rng():
-        torch.manual_seed(c.seed)
+    with torch.random.fork_rng(devices=[]): # its default opens a context on every GPU
+        torch.default_generator.manual_seed(c.seed)
         return PatchDiscriminator(c.discriminator_width, c.discriminator_layers)
 
 # %% ../nbs/06_decoder.ipynb #7d85742d

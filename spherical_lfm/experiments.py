@@ -67,7 +67,7 @@ class Preset:
 
 # %% ../nbs/12_experiments.ipynb #aa85ed68
 _DIGITS = Preset(
-    'digits', 16, control='digits-control', extractor='digits', sampler=Sampler(50), samples=1438, curve_samples=320,
+    'digits', 16, control='digits-control', extractor='digits', sampler=Sampler(25), samples=1438, curve_samples=320,
     train=dict(model='SiT-Ti/1', steps=1200, batch_size=64, lr=1e-3, warmup=100, ema_decay=.99, flip=False,
                log_every=50, checkpoint_every=400),
     note="scikit-learn's digits, 1,438 training images")
@@ -205,9 +205,9 @@ def class_mixture(
     labels: Tensor, # classes of the training set
     count: int      # how many to draw
 ) -> Tensor: # classes [count]
-    "So many labels, spread evenly over those of the training set, or going round if more are wanted."
-    numbers = torch.arange(count)
-    return labels[numbers*len(labels)//count] if count < len(labels) else labels[numbers % len(labels)]
+    "So many labels in the proportions of the training set, shuffled."
+    drawn = labels.sort().values[torch.arange(count)*len(labels)//count]
+    return drawn[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
 
 # %% ../nbs/12_experiments.ipynb #73604369
 def _sample_decoder(run: LoadedRun, preset: Preset, decoder: str) -> Tokenizer:
@@ -235,8 +235,7 @@ def _sampler_protocol(run: LoadedRun, sampler: Sampler, decoder: str) -> dict:
 # %% ../nbs/12_experiments.ipynb #e9e0701e
 def _autocast(precision: str):
     "Autocast to bfloat16 where that is the precision asked for."
-    device = default_device()
-    return torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16')
+    return torch.autocast(default_device().type, torch.bfloat16, enabled=precision == 'bf16')
 
 # %% ../nbs/12_experiments.ipynb #eb5a8c49
 def _generate_once(
@@ -408,18 +407,17 @@ def prepare_latents(
     if wants_statistics(tokenizer):
         raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: '
                          'run slfm_finetune and give the folders it leaves as tokenizer and control')
-    flip = preset.train.get('flip', True)
-    if _cached_in(folder) != (tokenizer.latent_identity, flip, source.fingerprint):
-        encoding = Encoding(flip, precision=preset.sampler.precision)
+    encoding = Encoding(preset.train.get('flip', True), precision=preset.sampler.precision)
+    if _cached_in(folder) != (tokenizer.latent_identity, source.fingerprint, encoding.flip, encoding.seed):
         encode_latents(tokenizer, source, folder, encoding, progress=progress)
     return tokenizer
 
 # %% ../nbs/12_experiments.ipynb #47337493
 def _cached_in(folder: Path) -> tuple | None:
-    "Tokenizer, mirroring and images of a finished cache; None if there is none."
+    "Tokenizer, images, mirroring and order of a finished cache; None if there is none."
     try:
         index = json.loads((folder/'index.json').read_text())
-        return index['tokenizer']['latent_identity'], index['flip'], index['source']['fingerprint']
+        return index['tokenizer']['latent_identity'], index['source']['fingerprint'], index['flip'], index['seed']
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         return None
 
@@ -453,8 +451,8 @@ def compare(
 
 # %% ../nbs/12_experiments.ipynb #2380ba03
 def _write_report(preset: Preset, rows: dict, tokenizer: Tokenizer, source: ImageSource, out: Path, seed: int) -> dict:
-    "Report of a comparison as report.json, table.csv and report.html, with the geometry of its first 2048 images."
-    pictures, classes = zip(*source.stream(limit=2048))
+    "Report of a comparison as report.json, table.csv and report.html, with the geometry of 2048 random images."
+    pictures, classes = zip(*source.stream(source.shuffled(seed), limit=2048))
     some = torch.stack(pictures), torch.tensor(classes)
     found = geometry(tokenizer, *some, seed=seed)
     report = {

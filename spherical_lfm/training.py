@@ -231,8 +231,8 @@ def _check_share(config: TrainConfig, world: int):
 def _new_network(config: TrainConfig, data: LatentDataset, classes: int) -> SiT:
     "A fresh network for these latents: a function of the seed."
     d, side, _ = data.index['shape']
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]): # its default opens a context on every GPU
+        torch.default_generator.manual_seed(config.seed)
         net = SiT.from_name(config.model, input_size=side, in_channels=d, num_classes=classes)
     if config.checkpointing: net.enable_gradient_checkpointing()
     return net

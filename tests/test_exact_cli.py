@@ -62,10 +62,10 @@ def test_options_of_encoding(monkeypatch, tmp_path):
     options = dict(no_flip=True, dtype='bf16', precision='bf16', batch_size=9, shard_size=11, seed=5)
     with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
-    assert given['encoding'] == Encoding(flip=False, dtype='bf16', precision='bf16', batch_size=9, shard_size=11)
-    assert torch.equal(given['order'], ImageSource('digits').shuffled(5)) and not given['tokenizer'].spherical
-    with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out'), '--seed', '-1'])
-    assert recorder.calls[1]['order'] is None and recorder.calls[1]['encoding'] == Encoding()
+    assert given['encoding'] == Encoding(flip=False, dtype='bf16', precision='bf16', batch_size=9, shard_size=11, seed=5)
+    assert given['order'] is None and not given['tokenizer'].spherical
+    with pytest.raises(Stop): cli.slfm_encode(['digits', 'digits', str(tmp_path/'out')])
+    assert recorder.calls[1]['encoding'] == Encoding()
 
 
 def test_options_of_sampling(place, monkeypatch, tmp_path):

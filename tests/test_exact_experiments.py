@@ -97,6 +97,7 @@ def test_samples_have_the_mixture_of_the_data(count):
     y = ex.class_mixture(labels, count)
     want = labels.bincount(minlength=10).double()*count/len(labels)
     assert len(y) == count and (y.bincount(minlength=10) - want).abs().max() < 2
+    assert len(y[:40].unique()) > 5, 'a picture or a batch has many classes'
 
 
 @pytest.mark.parametrize('arm', ['spherical-slerp', 'spherical-linear', 'vanilla-shell'])

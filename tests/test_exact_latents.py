@@ -1,13 +1,16 @@
 """Orders, windows, flips and what is stored, image by image."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from spherical_lfm.engine import latents
 from spherical_lfm.engine.images import ImageSource, digits_images, to_tensor
 from spherical_lfm.engine.latents import Encoding, LatentDataset, LatentLoader, WindowOrder, encode_latents
+from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer, with_statistics
 
@@ -126,3 +129,37 @@ def test_a_shuffled_source_gives_every_image_once():
     assert [len(y) for _, y in found] == [100, 50]
     assert torch.equal(torch.cat([x for x, _ in found]), images[order[:150]])
     assert torch.equal(torch.cat([y for _, y in found]), labels[order[:150]])
+
+
+class Sorted:
+    "A source as long as ImageNet, sorted by class."
+    listing, labels = SimpleNamespace(kind='folder'), torch.arange(1_281_167)*1000//1_281_167
+    shuffled = ImageSource.shuffled
+
+    def __len__(self): return len(self.labels)
+
+
+def test_windows_and_batches_of_imagenet_mix_its_classes():
+    stored = Sorted.labels[latents._numbers(Sorted(), None, Encoding().seed)]
+    y = stored[WindowOrder(len(stored), 256, 0)._shuffle(0)]
+    for rows, size in ((y.split(65_536)[:-1], 65_536), (y.split(256)[:2000], 256)):
+        classes = np.mean([len(part.unique()) for part in rows])
+        assert classes == pytest.approx(1000*(1 - .999**size), rel=.02), 'as many as in a uniform draw'
+
+
+@pytest.mark.parametrize('write', ['encode_latents', 'prepare_latents'])
+def test_whoever_writes_a_cache_shuffles_it(tmp_path, write):
+    images, labels = digits_images('train')
+    by_class = labels.argsort(stable=True)
+    for n in by_class.tolist():
+        folder = tmp_path/'images'/str(labels[n].item())
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((images[n, 0] + 1)*127.5).round().byte().numpy()).save(folder/f'{n:04d}.png')
+    source, tokenizer = ImageSource(tmp_path/'images', 16), load_tokenizer('digits')
+    if write == 'encode_latents': encode_latents(tokenizer, source, tmp_path/'z', Encoding(flip=False), progress=False)
+    else: prepare_latents(PRESETS['digits'], source, tmp_path/'z', progress=False)
+    data = LatentDataset(tmp_path/'z')
+    assert data.index['seed'] == 0 and torch.equal(data.y, labels[by_class][source.shuffled(0)])
+    assert len(data.y[:100].unique()) == 10
+    z, _ = data.batch(torch.arange(5))
+    torch.testing.assert_close(z, tokenizer.encode(images[by_class][source.shuffled(0)[:5]]), atol=.1, rtol=0) # 8 bits

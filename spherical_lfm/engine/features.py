@@ -388,7 +388,7 @@ def feature_function(
         _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)
         # figures are those of float32 features, whatever made the images
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = dict(zip(parts, (f.float().cpu() for f in net(x))))
         return found if len(parts) > 1 else found[parts[0]]
     return extract

@@ -57,6 +57,7 @@ class Encoding:
     precision: str = 'float32'    # of the encoder: float32 or bf16
     batch_size: int = 64          # images per encoder call
     shard_size: int = 4096        # images per file
+    seed: int = 0                 # of the random order in which images are stored
 
     def __post_init__(self):
         "Raises `ValueError` for settings that there are not."
@@ -86,13 +87,9 @@ def _encode(
     return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
 
 # %% ../../nbs/engine/latents.ipynb #f876db2b
-def _numbers(source: ImageSource, order: Tensor | None) -> Tensor | None:
+def _numbers(source: ImageSource, order: Tensor | None, seed: int) -> Tensor | None:
     "Which images, in which order; None for a stream whose length nobody knows."
-    if order is not None: return order
-    try:
-        return torch.arange(len(source))
-    except TypeError:
-        return None
+    return source.shuffled(seed) if order is None else order
 
 def _shard_count(numbers: Tensor | None, size: int) -> int | None:
     "How many shards there will be; None for a stream."
@@ -232,7 +229,7 @@ def encode_latents(
     source: ImageSource,             # where images come from
     out: str | Path,                 # folder to make
     encoding: Encoding = Encoding(), # how they are stored
-    order: Tensor | None = None,     # numbers of the images; None means all, as they lie
+    order: Tensor | None = None,     # numbers of the images; None means all, shuffled
     progress: bool = True            # show a progress bar
 ) -> dict: # the index
     """Encode a source into latent shards, on every process a share, keeping shards that an earlier call finished.
@@ -242,7 +239,7 @@ def encode_latents(
     """
     tokenizer.latent_shape(source.size, source.size)
     apart_from(source, out)
-    numbers = _numbers(source, order)
+    numbers = _numbers(source, order, encoding.seed)
     if numbers is None and processes().num_processes > 1:
         raise ValueError('a data set streamed from the hub cannot be shared among processes: '
                          'use one process, or download it')

@@ -88,6 +88,6 @@ def told_by_main(
     return held[0]
 
 # %% ../../nbs/engine/processes.ipynb #ef8e00a5
-def default_device() -> str:
-    "Where to compute unless somebody says otherwise."
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+def default_device() -> torch.device:
+    "Where this process computes unless somebody says otherwise: each one that a launcher started has its own GPU."
+    return processes().device

@@ -145,7 +145,7 @@ def _training_step(model: str, path, batch: tuple, precision: str, compiled: boo
             update(average, weights, 0)
     def step():
         optimizer.zero_grad()
-        with torch.autocast(default_device(), torch.bfloat16, enabled=precision == 'bf16'):
+        with torch.autocast(default_device().type, torch.bfloat16, enabled=precision == 'bf16'):
             loss = loss_fn(net, path, z0, z1, t, y)[0].mean()
         loss.backward()
         finish()
@@ -191,7 +191,7 @@ def bench_train(
     if eager: works['eager'] = _training_step(model, SlerpPath(), batch, precision, False)[1]
     if cuda: torch.cuda.reset_peak_memory_stats()
     times = time_all(works, rounds, 2)
-    flops, peak = 3*batch_size*model_flops(net), matmul_peak(default_device(), precision)
+    flops, peak = 3*batch_size*model_flops(net), matmul_peak(default_device().type, precision)
     what = f'optimisation step, {model}, batch {batch_size} of 32 x {side} x {side}, {precision}'
     memory = torch.cuda.max_memory_allocated()//2**20 if cuda else _peak_memory()
     return {'what': what} | _step_rates(times, batch_size, flops, floor_flops, peak) | {'memory_mib': memory}
@@ -214,7 +214,7 @@ def bench_sample(
     def solve(method):
         sample(net, SlerpPath(), y.cpu(), Sampler(steps, method, precision=precision), z.cpu(), batch_size)
     def bare():
-        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
             for _ in range(steps):
                 net(z, t, y)
     works: dict[str, Callable] = {name: functools.partial(solve, name) for name in METHODS}
@@ -247,7 +247,7 @@ def _random_latents(folder: Path, count: int, side: int):
 def _data_wait(config: TrainConfig, latents: LatentDataset, out: Path) -> float:
     "The share of a few training steps that is spent waiting for latents, after one that warms up."
     trainer = Trainer(config, latents, out)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([trainer.accelerator.device] if torch.cuda.is_available() else []):
         trainer.train_step()
     trainer._heard = trainer.loader.waited
     trainer.fit(until=config.steps - 1, progress=False)

@@ -314,7 +314,6 @@ def slfm_encode(
     images: str,                 # image source: digits, a folder, a .parquet file, or a hub data set
     out: str,                    # folder for the latent shards
     size: int = 256,             # side of the images in pixels
-    seed: int = 0,               # of the random order in which images are stored; -1 keeps their own
     **options                    # how they are stored, and where they are
 ):
     """Encode images once into latent shards with checksums and the tokenizer's identity.
@@ -327,8 +326,7 @@ def slfm_encode(
     if wants_statistics(tok):
         print(f'{tok.name} brings no statistics, so its latents are stored as they are; '
               'slfm_finetune measures some and keeps them in its tokenizer folders', file=sys.stderr)
-    order = source.shuffled(seed) if seed >= 0 else None
-    index = encode_latents(tok, source, out, encoding, order)
+    index = encode_latents(tok, source, out, encoding)
     if processes().is_main_process: _print_index(index, out)
 
 # %% ../../nbs/tools/cli.ipynb #102efe61

@@ -728,7 +728,8 @@ def finetune_study(
     out = claim(out, 'finetuning')
     config = config or FinetuneConfig()
     seen = held_out is None
-    if held_out is None: held_out = images[:64] if torch.is_tensor(images) else readable(images, 64)
+    if held_out is None:
+        held_out = images[:64] if torch.is_tensor(images) else readable(images, 64, images.shuffled(config.seed))
     pipelines = _finetune_pipelines(tokenizer, images, out, config, arms, held_out, progress)
     if not processes().is_main_process: return {}
     result, judges = _measure_pipelines(pipelines, held_out, extractor)
