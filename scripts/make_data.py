@@ -53,7 +53,7 @@ def solvers(out: Path, scale: float):
 
 
 def evolution(out: Path, scale: float):
-    "Samples on their way from noise to image, along the chord and along the arc."
+    "Samples on their way from noise to image, on the linear path and on slerp."
     from spherical_lfm.tools.studies import evolution_study
     evolution_study(out/'results'/'digits_evolution.png', scale=scale)
 

@@ -600,7 +600,7 @@ def starting_tokenizer(
     source: ImageSource,     # images to measure statistics on
     out: str | Path,         # output folder of a study
     purpose: str,            # what it is claimed for
-    device: str = 'cpu',     # where to put it
+    device: str | torch.device = 'cpu', # where to put it
     **statistics             # 'mode', 'pack', 'seed', ... of `with_statistics`
 ) -> Tokenizer: # vanilla
     """The tokenizer that a study starts from, kept in `out`/start.
