@@ -636,7 +636,7 @@ LATENTS = faults(
     ('the encoder always works in float32', "torch.bfloat16, enabled=encoding.precision == 'bf16'",
      'torch.bfloat16, enabled=False',
      'the precision that was asked for', 'exact_latents::test_the_encoder_works_in_the_precision_asked_for'),
-    ('a cache lies as the files do', 'source.shuffled(seed) if order is None else order',
+    ('a cache lies as the files do', 'source.shuffled(encoding.seed) if order is None else order',
      'torch.arange(len(source)) if order is None else order', 'every window holds all classes',
      'exact_latents::test_windows_and_batches_of_imagenet_mix_its_classes',
      'exact_latents::test_whoever_writes_a_cache_shuffles_it'),

@@ -32,7 +32,7 @@ from spherical_lfm.experiments import (
     decoder_name,
     get_preset,
     prepare_latents,
-    reference_features,
+    prepare_reference,
     run_arm,
     score,
     steps_to_reach,
@@ -67,10 +67,10 @@ def folder(args, arm: str, seed: int) -> Path: return args.runs/f'{arm.replace("
 
 def floor(preset, source: ImageSource, runs: Path) -> dict:
     "Real images against other real images, as many of them as samples are scored: what a perfect generator would get."
-    reference = reference_features(preset, source, runs)
+    reference = prepare_reference(preset, source, runs)
     order = source.shuffled(0)[preset.reference_count:][:preset.samples] # the reference is the beginning of this order
     found = extract_features((x for x, _ in source.batches(64, order)), preset.extractor, parts=all_parts(preset.extractor))
-    return score_features(found, reference, extractor=preset.extractor) | {'samples': len(found['features']), 'reference_count': len(reference['features'])}
+    return score_features(found, reference, extractor=preset.extractor) | {'samples': len(found['features']), 'reference_count': reference['count']}
 
 
 def job(args, name: str):
@@ -83,12 +83,12 @@ def job(args, name: str):
         prepare_latents(preset, source, args.runs/'latents')
         return
     if kind == 'reference':
-        reference_features(preset, source, args.runs)
+        prepare_reference(preset, source, args.runs)
         return
     if kind == 'floor':
         write_json(store, floor(preset, source, args.runs) | {'commit': environment()['commit']})
         return
-    reference, latents = reference_features(preset, source, args.runs), args.runs/'latents'
+    reference, latents = prepare_reference(preset, source, args.runs), args.runs/'latents'
     labels = LatentDataset(latents).y
     arm, seed = what[0], int(what[1])
     base, run = 'spherical-slerp' if arm == RAW else arm, folder(args, arm, seed)

@@ -10,6 +10,7 @@ from exact import Recorder
 
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
+from spherical_lfm.experiments import PRESETS
 from spherical_lfm.sampling import Sampler, load_run, sample
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
@@ -116,12 +117,18 @@ def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):
 def test_options_of_a_comparison(monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'compare', stop)
     options = dict(images='digits', split='test', arms='vanilla-shell,spherical-linear', out=str(tmp_path/'out'),
-                   tokenizer='sd', control='taef2', steps=9, samples=77, no_curve=True, seed=3)
+                   tokenizer='sd', control='taef2', steps=9, samples=77, no_curve=True, seed=3,
+                   image_size=32, dtype='bf16', reference='adm.npz', reference_count=55, curve_samples=11,
+                   guidances='1,2.5', sample_steps=13, sample_method='heun', sample_precision='bf16', lr=.5,
+                   no_flip=True, compile=True, window=99, precision='bf16')
     with pytest.raises(Stop): cli.slfm_compare(['digits', *words(options)])
     given = recorder.calls[0]
     preset = given['preset']
-    assert (preset.tokenizer, preset.control, preset.samples, preset.train['steps'],
-            preset.train['lr']) == ('sd', 'taef2', 77, 9, 1e-3)
+    assert (preset.tokenizer, preset.control, preset.samples, preset.curve_samples) == ('sd', 'taef2', 77, 11)
+    assert (preset.image_size, preset.dtype, preset.reference, preset.reference_count) == (32, 'bf16', 'adm.npz', 55)
+    assert preset.guidances == (1, 2.5) and preset.sampler == Sampler(13, 'heun', precision='bf16')
+    changed = dict(steps=9, lr=.5, flip=False, compile=True, window=99, precision='bf16')
+    assert preset.train == PRESETS['digits'].train | changed
     assert (given['images'].source, given['images'].split) == ('digits', 'test')
     assert (given['arms'], given['seed'], given['curve']) == (('vanilla-shell', 'spherical-linear'), 3, False)
     with pytest.raises(Stop): cli.slfm_demo(['--arms', 'all', '--seed', '4', '--out', str(tmp_path/'out')])

@@ -38,7 +38,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp('experiments')
     source = ImageSource('digits')
     ex.prepare_latents(TINY, source, root/'latents', progress=False)
-    reference = ex.reference_features(TINY, source, root, progress=False)
+    reference = ex.prepare_reference(TINY, source, root, progress=False)
     for arm in ('spherical-slerp', 'vanilla-linear'):
         data = LatentDataset(root/'latents', project=ARMS[arm].projection)
         Trainer(TrainConfig(arm=arm, **TINY.train), data, root/arm).fit(progress=False)
@@ -55,9 +55,10 @@ def answer(given):
 
 def test_the_reference_is_every_real_image(place):
     images, labels = digits_images('train')
-    want = extract_features(images, 'digits', parts=('features', 'logits'))
-    for k in want: torch.testing.assert_close(place.reference[k].sum(0), want[k].sum(0), rtol=1e-3, atol=1)
-    assert place.reference['features'].shape == (1438, 64) and torch.equal(place.labels.bincount(), labels.bincount())
+    want = extract_features(images, 'digits').double()
+    np.testing.assert_allclose(place.reference['mu'], want.mean(0), atol=1e-5)
+    np.testing.assert_allclose(place.reference['sigma'], want.T.cov(), atol=1e-4)
+    assert place.reference['features'].shape == (1438, 64) and place.reference['count'] == 1438 and torch.equal(place.labels.bincount(), labels.bincount())
 
 
 @pytest.mark.parametrize('arm,decoder,exponential,wanted', [
@@ -142,7 +143,7 @@ def test_compare_runs_every_arm_under_one_protocol(place, monkeypatch, tmp_path)
         return {'fid': value, 'fd': value, 'accuracy': .5, 'guided': guided, 'final_loss': 1., 'loss_over_power': .5,
                 'steps': 2, 'seconds': 1., 'curve': curve, 'protocol': {}}
     tokenizer = load_tokenizer('digits')
-    replies = {'prepare_latents': lambda _: tokenizer, 'reference_features': lambda _: place.reference,
+    replies = {'prepare_latents': lambda _: tokenizer, 'prepare_reference': lambda _: place.reference,
                'geometry': lambda _: {'report': {'cv': .1}}, 'run_arm': verdict}
     latents, reference, geometry, arms = (Recorder(monkeypatch, ex, name, reply) for name, reply in replies.items())
     monkeypatch.setattr(ex, 'report_html', lambda *_: '')

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from spherical_lfm.engine import latents
 from spherical_lfm.engine.images import ImageSource, digits_images, to_tensor
 from spherical_lfm.engine.latents import Encoding, LatentDataset, LatentLoader, WindowOrder, encode_latents
 from spherical_lfm.experiments import PRESETS, prepare_latents
@@ -140,7 +139,7 @@ class Sorted:
 
 
 def test_windows_and_batches_of_imagenet_mix_its_classes():
-    stored = Sorted.labels[latents._numbers(Sorted(), None, Encoding().seed)]
+    stored = Sorted.labels[Sorted().shuffled(Encoding().seed)]
     y = stored[WindowOrder(len(stored), 256, 0)._shuffle(0)]
     for rows, size in ((y.split(65_536)[:-1], 65_536), (y.split(256)[:2000], 256)):
         classes = np.mean([len(part.unique()) for part in rows])

@@ -20,14 +20,14 @@ def train(root: Path) -> dict:
     "Losses of every step of each arm, and what so short a training of the method is worth."
     from spherical_lfm.engine.images import ImageSource
     from spherical_lfm.engine.latents import LatentDataset
-    from spherical_lfm.experiments import PRESETS, prepare_latents, reference_features, run_arm
+    from spherical_lfm.experiments import PRESETS, prepare_latents, prepare_reference, run_arm
     from spherical_lfm.paths import ARMS
     from spherical_lfm.training import TrainConfig, Trainer
     digits = PRESETS['digits']
     preset = replace(digits, train=digits.train | {'steps': 100, 'checkpoint_every': 100, 'log_every': 1}, samples=144)
     source = ImageSource('digits')
     prepare_latents(preset, source, root/'latents', progress=False)
-    reference = reference_features(preset, source, root, progress=False)
+    reference = prepare_reference(preset, source, root, progress=False)
     losses = {}
     for arm, steps in STEPS.items():
         data = LatentDataset(root/'latents', project=ARMS[arm].projection)

@@ -305,7 +305,7 @@ def test_every_writer_is_in_the_tables():
     commands = {n for n in vars(cli) if n.startswith('slfm_')}
     assert commands <= {n.split()[0] for n in (*FOLDERS, *FILES)}
     written = {'atomic_write', 'write_json', 'claim', 'claim_file', 'locked', 'remove_listed', 'save_figure', 'save_grid', 'read_manifest', 'save_npz', # the writers themselves, and what they consist of
-               'remove_features', 'apart_from', 'seal', 'run_arm', 'prepare_latents', 'reference_features', 'report_html', 'starting_tokenizer'} # called by `compare`, `score` and the studies
+               'remove_features', 'apart_from', 'seal', 'run_arm', 'prepare_latents', 'prepare_reference', 'report_html', 'starting_tokenizer'} # called by `compare`, `score` and the studies
     for module in (files, images, latents, runs, features, report, tokenizers, decoder, training, fidelity, experiments, studies):
         for name in set(module.__all__) - written - set(FOLDERS) - set(FILES):
             thing = getattr(module, name)

@@ -14,7 +14,7 @@ from spherical_lfm.engine.features import extract_features, feature_function
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.weights import DATA
-from spherical_lfm.experiments import PRESETS, prepare_latents, reference_features, run_arm
+from spherical_lfm.experiments import PRESETS, prepare_latents, prepare_reference, run_arm
 from spherical_lfm.fidelity import (
     Pieces,
     apportion,
@@ -65,7 +65,7 @@ def test_an_evaluation_belongs_to_decoder_weights_and_reference(tmp_path):
     "The same folder with another control, other weights or another reference gives other figures, and those kept are not returned."
     source = ImageSource('digits', split='test')
     prepare_latents(PRESET, source, tmp_path/'latents', progress=False)
-    reference = reference_features(PRESET, source, tmp_path, progress=False)
+    reference = prepare_reference(PRESET, source, tmp_path, progress=False)
     run = lambda preset, reference, out='run': run_arm(preset, 'vanilla-linear', tmp_path/'latents', reference, tmp_path/out, curve=False, progress=False)
     first = run(PRESET, reference)
     assert run(PRESET, reference)['fd'] == first['fd']
@@ -74,7 +74,7 @@ def test_an_evaluation_belongs_to_decoder_weights_and_reference(tmp_path):
     assert (tmp_path/'run'/'evaluation.json').stat().st_mtime_ns == stamp, 'what is the same is kept'
     other = replace(PRESET, control=str(DATA/'digits'/'vanilla'))
     assert run(other, reference)['fd'] == run(other, reference, 'fresh')['fd'] != first['fd']
-    less = {k: v[:200] if torch.is_tensor(v) else v for k, v in reference.items()} | {'content': 'less'}
+    less = reference | {'mu': reference['mu'] + 1, 'content': 'less'}
     assert run(PRESET, less)['fd'] != first['fd']
     changed = replace(PRESET, train=TINY | {'lr': 1.})
     shutil.rmtree(tmp_path/'run'/'checkpoints')
@@ -88,9 +88,10 @@ def test_reference_and_latents_of_folders_with_one_name(tmp_path):
     for where, first in (('one', 0), ('two', 100)):
         source = ImageSource(folder_of(images[first:first + 24], tmp_path/where/'train'), 16)
         prepare_latents(preset, source, tmp_path/'latents', progress=False)
-        found.append((reference_features(preset, source, tmp_path, progress=False)['features'], LatentDataset(tmp_path/'latents').z['z'].clone(), source))
+        found.append((prepare_reference(preset, source, tmp_path, progress=False)['features'], LatentDataset(tmp_path/'latents').z['z'].clone(), source))
     assert not torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][1], found[1][1])
-    torch.testing.assert_close(found[1][0], extract_features(torch.stack([x for x, _ in found[1][2]]), 'digits'))
+    want = extract_features(torch.stack([x for x, _ in found[1][2]]), 'digits')
+    torch.testing.assert_close(found[1][0], want[found[1][2].shuffled(0)])
 
 
 def test_resume_on_other_latents_is_refused(tmp_path):

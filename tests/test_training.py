@@ -80,7 +80,7 @@ def test_two_processes_encode_and_sample_as_one_does(pair, latents, tmp_path):
     whole, parts = LatentDataset(latents, verify=True), LatentDataset(pair/'latents', verify=True)
     assert torch.equal(whole.y, parts.y)
     torch.testing.assert_close(parts.z['z'], whole.z['z'], atol=1e-4, rtol=0)
-    alone, shards = together.samples(tmp_path), [load_file(f) for f in sorted((pair/'samples').glob('features-*'))]
+    alone, shards = together.samples(tmp_path), [load_file(f) for f in sorted((pair/'samples').glob('features-*.safetensors'))]
     both = {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
     torch.testing.assert_close(both['features'], alone['features'], atol=2e-3, rtol=0)
     reference = {'features': extract_features(digits_images('train')[0], 'digits')}

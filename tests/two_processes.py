@@ -6,7 +6,7 @@ import torch
 
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
-from spherical_lfm.fidelity import Pieces, generate
+from spherical_lfm.fidelity import Pieces, generate, measure_reference
 from spherical_lfm.paths import SlerpPath, arm_path
 from spherical_lfm.sampling import LoadedRun, Sampler
 from spherical_lfm.sit import SiT
@@ -43,4 +43,5 @@ if __name__ == '__main__':
     except ValueError as e: Path(out/f'refused-{torch.distributed.get_rank()}').write_text(str(e))
     encode_latents(load_tokenizer('digits'), ImageSource('digits'), out/'latents', Encoding(flip=False, shard_size=200), progress=False)
     samples(out/'samples')
+    measure_reference(ImageSource('digits'), out/'reference', 'digits', shard=200, progress=False)
     torch.distributed.destroy_process_group()

@@ -10,28 +10,24 @@ import hashlib
 import json
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .checks import check_range, check_tokens
-from spherical_lfm.engine.files import (
-    MANIFEST, _sha256, atomic_write, claim, digest_of, locked, read_json, read_manifest, remove_listed, write_json,
-)
+from .files import _sha256, claim, digest_of, locked, read_json, remove_listed, write_json
 from .images import ImageSource, apart_from
-from .processes import processes, told_by_main
 from .runs import DataOrder, Prefetcher, Stream, seeded_generator
+from .shards import ShardedJob, image_chunks
 from typing import Any
 
 # %% ../../nbs/engine/latents.ipynb #9d3d2170
@@ -86,142 +82,36 @@ def _encode(
                     held[-1]['z_flip'] = tokenizer.encode(x.flip(-1)).to(dtype).cpu()
     return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
 
-# %% ../../nbs/engine/latents.ipynb #f876db2b
-def _numbers(source: ImageSource, order: Tensor | None, seed: int) -> Tensor | None:
-    "Which images, in which order; None for a stream whose length nobody knows."
-    return source.shuffled(seed) if order is None else order
-
-def _shard_count(numbers: Tensor | None, size: int) -> int | None:
-    "How many shards there will be; None for a stream."
-    return None if numbers is None else -(-len(numbers)//size)
-
-# %% ../../nbs/engine/latents.ipynb #d074622c
-def _chunks_of_stream(source: ImageSource, size: int):
-    "The shards of a stream, as `_chunks` gives them."
-    rows, before, k = source.stream(), 0, 0
-    while (first := next(rows, None)) is not None:
-        chunk, start = chain([first], islice(rows, size - 1)), before
-        yield k, chunk, lambda: source.skipped[start:]
-        deque(chunk, maxlen=0) # of a shard that was there already
-        before, k = len(source.skipped), k + 1
-
-# %% ../../nbs/engine/latents.ipynb #1b2396d2
-def _chunks(source: ImageSource, numbers: Tensor | None, size: int, rank: int, world: int):
-    "The shards of this process: number, images, and what was skipped once they have been gone through."
-    if numbers is None:
-        yield from _chunks_of_stream(source, size)
-        return
-    for k in range(rank, -(-len(numbers)//size), world):
-        yield k, source.stream(numbers[k*size:(k + 1)*size]), lambda: list(source.skipped)
-
-# %% ../../nbs/engine/latents.ipynb #7098caf6
-def _note(path: Path) -> dict | None:
-    "A note that was written whole, or None."
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-
-# %% ../../nbs/engine/latents.ipynb #0f7ed2f2
-def _write_shard(name: Path, tensors: dict, skipped: list):
-    "A shard, then a note of what is in it."
-    note = {'count': len(tensors['y']) if tensors else 0, 'skipped': skipped, 'done': True}
-    if tensors:
-        file = name.with_suffix('.safetensors')
-        with atomic_write(file) as tmp:
-            save_file(tensors, tmp)
-        note |= {'file': file.name, 'bytes': file.stat().st_size, 'sha256': _sha256(file),
-                 'shape': list(tensors['z'].shape[1:])}
-    write_json(name.with_suffix('.json'), note)
-
-# %% ../../nbs/engine/latents.ipynb #fcf927ec
-def _write_shards(
-    tokenizer: Any,         # does the work
-    source: ImageSource,    # where images come from
-    numbers: Tensor | None, # which ones
-    stem: Path,             # how the names of files begin
-    encoding: Encoding,     # how they are stored
-    progress: bool          # show a progress bar
-):
-    "The shards of this process that are not there yet."
-    state, size = processes(), encoding.shard_size
-    shards = _shard_count(numbers, size)
-    total = None if shards is None else len(range(state.process_index, shards, state.num_processes))
-    bar = tqdm(total=total, desc=f'encoding with {tokenizer.name}', unit='shard',
-               disable=not (progress and state.is_main_process))
-    for k, rows, skipped in _chunks(source, numbers, size, state.process_index, state.num_processes):
-        name = Path(f'{stem}-{k:05d}')
-        if not _note(name.with_suffix('.json')):
-            tensors = _encode(tokenizer, rows, encoding)
-            _write_shard(name, tensors, skipped())
-        bar.update()
-    bar.close()
+# %% ../../nbs/engine/latents.ipynb #56aaa9bf
+def _encode_shard(job: ShardedJob, k: int, tokenizer: Any, rows: Iterator, skipped: Callable, encoding: Encoding):
+    "Encode the images of a shard and write it."
+    tensors = _encode(tokenizer, rows, encoding)
+    more = {'count': len(tensors['y']), 'shape': list(tensors['z'].shape[1:])} if tensors else {'count': 0}
+    job.write(k, tensors, skipped=skipped(), **more)
 
 # %% ../../nbs/engine/latents.ipynb #b3e0bdb4
-def _plan(tokenizer: Any, source: ImageSource, numbers: Tensor | None, encoding: Encoding) -> dict:
+def _plan(tokenizer: Any, source: ImageSource, order: Tensor | None, encoding: Encoding) -> dict:
     "What the latents are."
     made_by = {'name': tokenizer.name, 'latent_identity': tokenizer.latent_identity,
                'identity': tokenizer.identity.removesuffix('-spherical'), 'place': tokenizer.place}
-    order = None if numbers is None else hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
-    settings = {k: v for k, v in asdict(encoding).items() if k != 'batch_size'} # which changes no latent
-    return {'format': 3, **settings, 'tokenizer': made_by, 'source': source.record, 'order': order}
-
-# %% ../../nbs/engine/latents.ipynb #c590e21f
-def _begin_plan(out: Path, plan: dict) -> str:
-    "How the names of this plan's files begin; noted in the manifest before there are any."
-    known = plan | {'tokenizer': plan['tokenizer']['latent_identity']} # another decoder makes the same latents
-    stem = f'latents-{digest_of(known)[:8]}'
-    if processes().is_main_process:
-        manifest = read_manifest(out)
-        plans = manifest.get('plans', [])
-        if stem not in plans:
-            write_json(out/MANIFEST, manifest | {'plans': [*plans, stem]})
-    processes().wait_for_everyone()
-    return stem
+    numbers = None if order is None else hashlib.sha256(order.numpy().tobytes()).hexdigest()
+    settings = {k: v for k, v in asdict(encoding).items() if k != 'batch_size'}
+    return {'format': 3, **settings, 'tokenizer': made_by, 'source': source.record, 'order': numbers}
 
 # %% ../../nbs/engine/latents.ipynb #81b589fe
-def _write_index(out: Path, plan: dict, shards: list, skipped: list):
-    "Make a complete set of shards the one that is read."
-    keys = 'file', 'count', 'bytes', 'sha256'
-    write_json(out/'index.json', plan | {
-        'count': sum(n['count'] for n in shards),
-        'shape': shards[0]['shape'],
+def _write_index(job: ShardedJob, plan: dict, source: ImageSource, notes: list[dict]):
+    "Make a complete set of shards the one that is read, then remove those which it replaces."
+    made, keys = [n for n in notes if n['count']], ('file', 'count', 'bytes', 'sha256')
+    skipped = [s for n in notes for s in n['skipped']]
+    if not made:
+        remove_listed(job.out, [f.name for f in job.out.glob(f'{job.stem}-*.json')])
+        raise ValueError(f'{source.source} gave no readable image ({len(skipped)} skipped): give another source')
+    write_json(job.out/'index.json', plan | {
+        'count': sum(n['count'] for n in made),
+        'shape': made[0]['shape'],
         'source': plan['source'] | {'skipped': skipped},
-        'shards': [{k: n[k] for k in keys} for n in shards]})
-
-# %% ../../nbs/engine/latents.ipynb #66e2c147
-def _forget_others(out: Path, stem: str):
-    "Remove the shards of all plans but one."
-    manifest = read_manifest(out)
-    remove_listed(out, [f.name for old in manifest['plans'] if old != stem for f in out.glob(f'{old}-*')])
-    write_json(out/MANIFEST, manifest | {'plans': [stem]})
-
-# %% ../../nbs/engine/latents.ipynb #74c45fd6
-def _finish(out: Path, stem: str, plan: dict, source: ImageSource, expected: int | None):
-    "Write the index of a complete set, then remove the shards of sets that it replaces."
-    notes = [n for f in sorted(out.glob(f'{stem}-*.json')) if (n := _note(f))]
-    if expected is not None and len(notes) != expected:
-        raise OSError(f'{len(notes)} of {expected} shards are to be seen in {out}: '
-                      'if it is a network drive, wait a little, then run the same command again')
-    shards = [n for n in notes if n['count']]
-    source.skipped = [s for n in notes for s in n['skipped']]
-    if not shards:
-        remove_listed(out, [f.name for f in out.glob(f'{stem}-*.json')])
-        raise ValueError(f'{source.source} gave no readable image ({len(source.skipped)} skipped): give another source')
-    _write_index(out, plan, shards, source.skipped)
-    _forget_others(out, stem)
-
-# %% ../../nbs/engine/latents.ipynb #234fb074
-def _finish_for_all(out: Path, stem: str, plan: dict, source: ImageSource, expected: int | None):
-    "Finish on the main process, once all have written their shards; every process raises what it raises."
-    processes().wait_for_everyone()
-    failure = None
-    if processes().is_main_process:
-        try:
-            _finish(out, stem, plan, source, expected)
-        except (OSError, ValueError) as e:
-            failure = e
-    if failure := told_by_main(failure): raise failure
+        'shards': [{k: n[k] for k in keys} for n in made]})
+    job.forget_others()
 
 # %% ../../nbs/engine/latents.ipynb #84cd734d
 def encode_latents(
@@ -239,17 +129,20 @@ def encode_latents(
     """
     tokenizer.latent_shape(source.size, source.size)
     apart_from(source, out)
-    numbers = _numbers(source, order, encoding.seed)
-    if numbers is None and processes().num_processes > 1:
-        raise ValueError('a data set streamed from the hub cannot be shared among processes: '
-                         'use one process, or download it')
-    plan = _plan(tokenizer, source, numbers, encoding)
-    out = claim(out, 'latents')
+    order = source.shuffled(encoding.seed) if order is None else order
+    plan = _plan(tokenizer, source, order, encoding)
+    known = plan | {'tokenizer': plan['tokenizer']['latent_identity']}
+    out, count = claim(out, 'latents'), None if order is None else len(order)
     with locked(out):
-        stem = _begin_plan(out, plan)
-        _write_shards(tokenizer, source, numbers, out/stem, encoding, progress)
-        _finish_for_all(out, stem, plan, source, _shard_count(numbers, encoding.shard_size))
-    return json.loads((out/'index.json').read_text())
+        job = ShardedJob(out, 'latents', known, count, encoding.shard_size)
+        with job.bar(f'encoding with {tokenizer.name}', progress) as bar:
+            for k, rows, skipped in image_chunks(job, source, order):
+                if not job.note(k): _encode_shard(job, k, tokenizer, rows, skipped, encoding)
+                bar.update()
+        job.finish(lambda notes: _write_index(job, plan, source, notes))
+    index = json.loads((out/'index.json').read_text())
+    source.skipped = index['source']['skipped']
+    return index
 
 # %% ../../nbs/engine/latents.ipynb #fa4486eb
 class LatentDataset:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,11 +40,12 @@ from ..engine.latents import Encoding, LatentDataset, encode_latents
 from ..engine.processes import default_device, processes
 from ..engine.report import environment
 from ..engine.runs import dtype_of
+from ..engine.shards import on_main
 from ..decoder import FinetuneConfig
 from ..experiments import Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
-    differences, generate, is_npz, load_reference, mixture_of, one_side, protocol_of, save_npz, save_reference,
-    score_features, side_of, source_batches,
+    differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side, protocol_of, save_npz,
+    save_reference, score_features, side_of, source_batches,
 )
 from ..paths import ARMS, arm_path
 from ..probes import find_partners
@@ -97,7 +99,8 @@ def _sentence(error: Exception, package: str) -> str | None:
 _RANGES = {
     (1, math.inf): ('size', 'count', 'sensitivity_count', 'held_out_count', 'hold', 'steps', 'samples', 'batch_size',
                     'shard_size', 'pack', 'side', 'rounds', 'log_every', 'checkpoint_every', 'accumulate', 'classes',
-                    'window', 'discriminator_width', 'discriminator_layers'),
+                    'window', 'discriminator_width', 'discriminator_layers', 'image_size', 'reference_count',
+                    'curve_samples', 'sample_steps'),
     (2, math.inf): ('bootstrap',),
     (0, math.inf): ('negative', 'warmup', 'keep', 'discriminator_start', 'max_grad_norm', 'weight_decay',
                     'perceptual_weight', 'adversarial_weight'),
@@ -171,13 +174,19 @@ def command(
     return run
 
 # %% ../../nbs/tools/cli.ipynb #c2d87979
-def _option(field: inspect.Parameter, unset: bool) -> inspect.Parameter:
-    "A field as an option: what is on by default becomes a switch `no_NAME`; `unset` leaves no other default than None."
-    name = f'no_{field.name}' if field.default is True else field.name
-    default = None if unset else field.default
-    if field.annotation is bool: default = False
+def _options(field: inspect.Parameter, unset: bool) -> Iterator[inspect.Parameter]:
+    """A field as an option. What is on by default becomes a switch `no_NAME`, what is off a switch `NAME`.
+
+    `unset` leaves no other default than None, and both switches, since something else may have set the field.
+    """
     kind = next((a for a in get_args(field.annotation) if a is not NoneType), field.annotation) # int of int | None
-    return inspect.Parameter(name, field.KEYWORD_ONLY, default=default, annotation=kind)
+    names = [field.name]
+    if kind is bool:
+        on, off = field.name, f'no_{field.name}'
+        names = [on, off] if unset else [off if field.default is True else on]
+    default = False if kind is bool else None if unset else field.default
+    for name in names:
+        yield inspect.Parameter(name, field.KEYWORD_ONLY, default=default, annotation=kind)
 
 # %% ../../nbs/tools/cli.ipynb #321a1a37
 def _chosen(model: Callable, options: dict) -> dict:
@@ -188,6 +197,13 @@ def _chosen(model: Callable, options: dict) -> dict:
         value = options.get(name)
         if value is not None and value is not False: found[name] = value
     return found
+
+def _help(option: str, field: inspect.Parameter, helps: dict, comments: dict) -> str:
+    "What the help says of an option: its own text, or the comment of its field; of a second switch, what it undoes."
+    if option in helps: return helps[option]
+    second = field.annotation is bool and option.startswith('no_') != (field.default is True)
+    if second: return f'switch {field.name} {"off" if option.startswith("no_") else "on"}, if a preset says otherwise'
+    return ' '.join((comments.get(field.name) or '').split())
 
 # %% ../../nbs/tools/cli.ipynb #54bd2ca4
 def options_from(
@@ -204,10 +220,10 @@ def options_from(
             comments = docments(model, returns=False)
             for field in inspect.signature(model).parameters.values():
                 if field.name in taken or field.default is field.empty: continue
-                options.append(option := _option(field, unset))
                 taken.add(field.name)
-                text = (helps or {}).get(option.name) or comments.get(field.name) or ''
-                lines.append(f'{option.name}, # {" ".join(text.split())}\n')
+                for option in _options(field, unset):
+                    options.append(option)
+                    lines.append(f'{option.name}, # {_help(option.name, field, helps or {}, comments)}\n')
         work.__signature__ = inspect.Signature([*own, *options])
         work.__delwrap__ = f'def options(\n{"".join(lines)}): pass'
         return work
@@ -245,41 +261,77 @@ def _print_report(report: dict, out: str):
         print(f'{arm:>17}: {distance}{guided}{accuracy}, {r["steps"]} steps in {r["seconds"]:.0f} s')
     print(f'pictures and details: {Path(out)/"report.html"}')
 
+# %% ../../nbs/tools/cli.ipynb #00bee569
+#: Help where the comment of a field is not enough for a shell.
+_TRAIN_HELP = dict(
+    model='SiT-{Ti,S,B,L,XL}/{1,2,4,8}',
+    lr='learning rate',
+    weight_decay='of AdamW',
+    no_flip='do not use mirrored latents',
+    time_sampling='uniform or logit-normal',
+    time_shift='more than 1 trains more near the noise',
+    no_project_velocity='compare whole velocities on slerp, not their tangential part: an ablation',
+    jacobi='weight tokens of slerp by (sin x / x)^2, x = (1 - t) theta',
+    coupling='independent, or transport: pair noise and data of a batch by the smallest summed angle',
+    precision='float32 or bf16',
+    no_tf32='no TF32 in float32 matrix products',
+    accumulate='parts into which a process cuts its share of the batch: less memory',
+    parallel='several processes: ddp or fsdp',
+)
+#: The same for a comparison, whose other options have a precision and steps as well.
+_COMPARE_HELP = _TRAIN_HELP | dict(steps='training steps', precision='of training: float32 or bf16')
+
 # %% ../../nbs/tools/cli.ipynb #ca9668d8
 @dataclass
 class _Changes:
-    "What of a preset is replaced."
-    tokenizer: str = '' # name or folder of a tokenizer with the decoder for the sphere, in place of the preset's
-    control: str = ''   # tokenizer with the equally finetuned decoder of the vanilla arms
-    steps: int = 0      # training steps in place of the preset's
-    samples: int = 0    # samples for the final metrics in place of the preset's
+    "What of a preset is replaced, beside its training."
+    tokenizer: str = ''       # name or folder of a tokenizer with the decoder for the sphere
+    control: str = ''         # tokenizer with the equally finetuned decoder of the vanilla arms
+    image_size: int = 0       # pixels
+    dtype: str = ''           # of latents on disk: float32 or bf16
+    reference: str = ''       # an .npz with statistics of real images, such as one of ADM's
+    reference_count: int = 0  # real images, if there is no such file
+    extractor: str = ''       # inception, efficientnet or digits
+    samples: int = 0          # samples for the final metrics
+    curve_samples: int = 0    # samples for every point of the curve
+    guidances: str = ''       # comma-separated scales of classifier-free guidance; 1 is none
+    sample_steps: int = 0     # solver steps
+    sample_method: str = ''   # euler, heun, rk4, adams2, adams3 or adaptive
+    sample_precision: str = ''# float32 or bf16, of sampling, encoding and decoding
 
-    def of(self, preset: Preset) -> Preset:
-        "The preset with these changes."
-        named = dict(tokenizer=self.tokenizer, control=self.control, samples=self.samples)
-        given: dict[str, Any] = {k: v for k, v in named.items() if v}
-        if self.steps: given['train'] = preset.train | {'steps': self.steps}
-        return replace(preset, **given)
+    def of(self, preset: Preset, train: dict) -> Preset:
+        "The preset with these changes, and others of its training."
+        given = {k: v for k, v in vars(self).items() if v}
+        drawn = {k.removeprefix('sample_'): given.pop(k) for k in list(given) if k.startswith('sample_')}
+        if self.guidances: given['guidances'] = _numbers('guidances', self.guidances)
+        return replace(preset, **given, train=preset.train | train, sampler=replace(preset.sampler, **drawn))
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    "Comma-separated numbers."
+    try:
+        return tuple(float(x) for x in text.split(','))
+    except ValueError as e:
+        raise ValueError(f'{name} must be numbers separated by commas, got {text!r}: give them as 1,1.5') from e
 
 # %% ../../nbs/tools/cli.ipynb #b4abe6d0
 @command
-@options_from(_Changes, _images)
+@options_from(_Changes, _images, TrainConfig, leave_out=('betas', 'arm'), unset=True, helps=_COMPARE_HELP)
 def slfm_compare(
     # which experiment: digits, cifar10-taef2, cifar10-taef2-small, flux2-b2, flux2-xl2, vavae-b1, vavae-xl1,
-    # repae-flux1-b2
+    # repae-flux1-b2, or a .yaml file such as a comparison leaves in its folder
     preset: str,
     images: str = 'digits',                        # image source: digits, a folder, a .parquet file, or a hub data set
     arms: str = 'vanilla-linear,spherical-slerp',  # comma-separated arms, or all
     out: str = 'runs/compare',                     # output folder; what is finished there is reused
     no_curve: bool = False,                        # score the last checkpoint only
     seed: int = 0,                                 # of training and sampling
-    **options                                      # changes of the preset, and where the images are
+    **options                                      # in place of what the preset has, and where the images are
 ):
     """The matched comparison: train, sample and score each arm under one protocol.
 
-    Writes report.json, table.csv and report.html; also under `accelerate launch`.
+    Writes preset.yaml, report.json, table.csv and report.html; also under `accelerate launch`.
     """
-    chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset))
+    chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset), _chosen(TrainConfig, options))
     wanted, source = _arms(arms), _images(images, chosen.image_size, **_chosen(_images, options))
     report = compare(chosen, wanted, out, source, seed, not no_curve)
     if report: _print_report(report, out)
@@ -490,24 +542,6 @@ def slfm_finetune(
     result = finetune_study(tok, source, out, config, wanted, test, extractor)
     if result: _print_finetuning(result, out)
 
-# %% ../../nbs/tools/cli.ipynb #00bee569
-#: Help where the comment of a field is not enough for a shell.
-_TRAIN_HELP = dict(
-    model='SiT-{Ti,S,B,L,XL}/{1,2,4,8}',
-    lr='learning rate',
-    weight_decay='of AdamW',
-    no_flip='do not use mirrored latents',
-    time_sampling='uniform or logit-normal',
-    time_shift='more than 1 trains more near the noise',
-    no_project_velocity='compare whole velocities on slerp, not their tangential part: an ablation',
-    jacobi='weight tokens of slerp by (sin x / x)^2, x = (1 - t) theta',
-    coupling='independent, or transport: pair noise and data of a batch by the smallest summed angle',
-    precision='float32 or bf16',
-    no_tf32='no TF32 in float32 matrix products',
-    accumulate='parts into which a process cuts its share of the batch: less memory',
-    parallel='several processes: ddp or fsdp',
-)
-
 # %% ../../nbs/tools/cli.ipynb #c196a6f7
 @command
 @options_from(TrainConfig, leave_out=('betas',), unset=True, helps=_TRAIN_HELP)
@@ -674,10 +708,12 @@ def _features(images, where: str, extractor: str) -> dict:
     bar = tqdm(source_batches(images), desc=f'features of {Path(where).name}', unit='batch')
     return extract_features(bar, extractor, parts=all_parts(extractor))
 
-def _reference(images: ImageSource | None, reference: str, extractor: str) -> dict:
-    "Features or stored statistics of a reference, with a hash of what it is; images are None for an .npz."
+def _reference(images: ImageSource | None, reference: str, extractor: str, folder: Path | None) -> dict:
+    "Statistics of a reference, kept in a folder if there is one, with a hash of what it is; images are None for an .npz."
     if images is None: return load_reference(reference, extractor) | {'content': file_digest(reference)}
-    return _features(images, reference, extractor) | {'content': images.content}
+    with tempfile.TemporaryDirectory() as tmp:
+        kept = folder or on_main(lambda: Path(tmp)/'reference')
+        return measure_reference(images, kept, extractor) | {'content': images.content}
 
 # %% ../../nbs/tools/cli.ipynb #3e951124
 def _scored(drawn: dict, real: dict, reference: str, extractor: str, bootstrap: int, known: dict, resized: str) -> dict:
@@ -743,8 +779,8 @@ def slfm_evaluate(
     side = _common_side(samples, run, reference, size, columns)
     given = None if run else _opened(samples, side)
     real_images = None if is_npz(reference) else _images(reference, side, **columns)
-    real = _reference(real_images, reference, extractor)
-    if save_reference_to and 'features' in real: save_reference(real, save_reference_to)
+    real = _reference(real_images, reference, extractor, Path(samples)/'features'/'reference' if run else None)
+    if save_reference_to and processes().is_main_process: save_reference(real, save_reference_to)
     if run: drawn, setting = _draw_run(samples, run, options, real_images, extractor)
     else: drawn, setting = _features(given, samples, extractor), {}
     if run and not processes().is_main_process: return
@@ -780,7 +816,7 @@ _BENCH_HELP = dict(
 
 def _taken_by(work: Callable) -> set[str]:
     "Names of the options of a benchmark."
-    return {_option(p, True).name for p in inspect.signature(work).parameters.values()}
+    return {o.name for p in inspect.signature(work).parameters.values() for o in _options(p, True)}
 
 def _with_takers(helps: dict) -> dict:
     "Help that begins with the benchmarks which take an option."

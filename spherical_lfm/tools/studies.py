@@ -36,7 +36,7 @@ from spherical_lfm.concentration import (
     chi_mean, chi_variance, off_shell_distance, linear_radial_share, norm_stats, pair_profile, token_norm,
 )
 from ..decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
-from ..experiments import PRESETS, TIMES, Preset, decoder_name, prepare_latents, reference_features, run_arm
+from ..experiments import PRESETS, TIMES, Preset, decoder_name, prepare_latents, prepare_reference, run_arm
 from ..fidelity import evaluate, score_features
 from ..paths import ARMS
 from spherical_lfm.probes import (
@@ -754,7 +754,7 @@ def _prepare_digits(preset: Preset, folder: Path, progress: bool) -> dict:
     "Cache the latents of the digits in a folder; returns their reference features."
     source = ImageSource('digits')
     prepare_latents(preset, source, folder/'latents', progress)
-    return reference_features(preset, source, folder, progress)
+    return prepare_reference(preset, source, folder, progress)
 
 # %% ../../nbs/tools/studies.ipynb #b1e99b83
 def seeds_study(
