@@ -477,8 +477,8 @@ def generate(
         job = ShardedJob(out, 'features', plan, len(labels), pieces.shard)
         images = out/job.stem.replace('features', 'images')
         with job.bar('sampling and extracting', pieces.progress) as bar:
-            for k in job.mine():
-                if not job.note(k): _make_shard(job, k, labels[job[k]], draw, describe, images, save)
+            for k in job.mine:
+                _make_shard(job, k, labels[job[k]], draw, describe, images, save)
                 bar.update()
         job.finish(lambda notes: _end_samples(job, labels, images, save))
         if not processes().is_main_process: return {}
@@ -661,7 +661,7 @@ def measure_reference(
             extract = feature_function(extractor, parts)
             with job.bar('features of real images', progress) as bar:
                 for k, rows, _ in image_chunks(job, source, order, count):
-                    if not job.note(k): _measure_shard(job, k, _extract_shard(rows, extract, parts))
+                    _measure_shard(job, k, _extract_shard(rows, extract, parts))
                     bar.update()
             job.finish(lambda notes: _merge_shards(job, notes, path))
     return load_reference(path, extractor)

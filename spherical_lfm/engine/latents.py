@@ -137,7 +137,7 @@ def encode_latents(
         job = ShardedJob(out, 'latents', known, count, encoding.shard_size)
         with job.bar(f'encoding with {tokenizer.name}', progress) as bar:
             for k, rows, skipped in image_chunks(job, source, order):
-                if not job.note(k): _encode_shard(job, k, tokenizer, rows, skipped, encoding)
+                _encode_shard(job, k, tokenizer, rows, skipped, encoding)
                 bar.update()
         job.finish(lambda notes: _write_index(job, plan, source, notes))
     index = json.loads((out/'index.json').read_text())
