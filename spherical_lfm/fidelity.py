@@ -12,7 +12,7 @@ import hashlib
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -509,22 +509,26 @@ def _keep(images: Tensor, y: Tensor, first: int, folder: Path, save: str):
 
 # %% ../nbs/11_fidelity.ipynb #11a3f5bb
 def save_npz(
-    images: np.ndarray, # uint8 [N, H, W, 3]
-    labels: Tensor,     # [N]
-    path: str | Path    # an .npz file
+    images: Iterable[np.ndarray], # all of them in parts, uint8 [n, H, W, 3]
+    labels: Tensor,               # [N]
+    path: str | Path              # an .npz file
 ):
-    """Images in ADM's layout: arr_0 [N, H, W, 3] uint8, arr_1 [N] labels.
+    """Images in ADM's layout: arr_0 [N, H, W, 3] uint8, arr_1 [N] labels; one part at a time is in memory.
 
     Raises `FileExistsError` if somebody else's file is there.
     """
-    with atomic_write(claim_file(path)) as tmp, open(tmp, 'wb') as h:
-        np.savez(h, arr_0=images, arr_1=labels.numpy(), made_by='spherical_lfm')
+    with atomic_write(claim_file(path)) as tmp:
+        with open(tmp, 'wb') as h:
+            np.savez(h, arr_1=labels.numpy(), made_by='spherical_lfm')
+        with zipfile.ZipFile(tmp, 'a') as file, file.open('arr_0.npy', 'w', force_zip64=True) as h:
+            for k, part in enumerate(images):
+                if not k: np.lib.format.write_array_header_1_0(h, {
+                    'descr': '|u1', 'fortran_order': False, 'shape': (len(labels), *part.shape[1:])})
+                h.write(np.ascontiguousarray(part).tobytes())
 
 def _end_samples(job: ShardedJob, labels: Tensor, folder: Path, save: str):
     "All images in one file of ADM's layout, if that is wanted; features of other plans go, images never."
-    if save == 'npz':
-        images = np.concatenate([np.load(p) for p in sorted(folder.glob('*.npy'))])
-        save_npz(images, labels, folder.with_suffix('.npz'))
+    if save == 'npz': save_npz((np.load(p) for p in sorted(folder.glob('*.npy'))), labels, folder.with_suffix('.npz'))
     job.forget_others()
 
 # %% ../nbs/11_fidelity.ipynb #2e9cdbd9

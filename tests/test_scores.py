@@ -172,7 +172,7 @@ def test_short_runs_do_not_sample_their_initialisation(tmp_path):
 
 def test_sets_of_different_sides_are_refused(tmp_path, capsys):
     images = digits_images('test')[0][:40]
-    save_npz(((images + 1)*127.5).byte().permute(0, 2, 3, 1).numpy(), torch.zeros(40), tmp_path/'small.npz')
+    save_npz([((images + 1)*127.5).byte().permute(0, 2, 3, 1).numpy()], torch.zeros(40), tmp_path/'small.npz')
     folder_of(torch.nn.functional.interpolate(images, scale_factor=2), tmp_path/'large')
     Image.new('L', (20, 24)).save(folder_of(images[:2], tmp_path/'mixed')/'odd.png')
     assert (side_of(str(tmp_path/'small.npz')), side_of(str(tmp_path/'large')), side_of('digits'), side_of(str(tmp_path/'mixed'), 8)) == (16, 32, 16, 8)

@@ -44,7 +44,7 @@ from ..engine.shards import on_main
 from ..decoder import FinetuneConfig
 from ..experiments import Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
-    differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side, protocol_of, save_npz,
+    _draw_numbered, differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side, protocol_of, save_npz,
     save_reference, score_features, side_of, source_batches,
 )
 from ..paths import ARMS, arm_path
@@ -589,19 +589,44 @@ def _claim_samples(out: str, npz: bool, plan: dict) -> Path:
     return grid
 
 # %% ../../nbs/tools/cli.ipynb #d7f4aff8
-def _write_samples(images: Tensor, labels: Tensor, out: Path):
-    "PNG files in one folder per class."
+def _pieces(count: int) -> list[range]:
+    "Numbers of samples, 250 at a time: the share of this process."
+    starts = range(0, count, 250)[processes().process_index::processes().num_processes]
+    return [range(k, min(k + 250, count)) for k in starts]
+
+def _write_files(draw: Callable, labels: Tensor, out: Path):
+    "PNG files in one folder per class; those that an earlier call has written are kept."
     from torchvision.io import write_png
-    with locked(out):
-        for n, (x, c) in enumerate(zip(images, labels.tolist())):
-            with atomic_write(out/f'{c:04d}'/f'{n:06d}.png') as f:
+    for numbers in tqdm(_pieces(len(labels)), desc='sampling', unit='piece', disable=not processes().is_main_process):
+        files = [out/f'{labels[n]:04d}'/f'{n:06d}.png' for n in numbers]
+        if all(f.exists() for f in files): continue
+        for file, x in zip(files, draw(numbers)):
+            with atomic_write(file) as f:
                 write_png(x, str(f))
 
-def _save_samples(images: Tensor, labels: Tensor, out: str, npz: bool, plan: dict):
-    "One .npz, or PNG files in a folder whose manifest holds the plan."
-    pixels = to_uint8(images)
-    if npz: save_npz(pixels.permute(0, 2, 3, 1).numpy(), labels, f'{Path(out)}.npz')
-    else: _write_samples(pixels, labels, claim(out, 'samples', plan=plan))
+def _first_files(out: Path) -> Tensor: # uint8 [at most 100, 3, H, W]
+    "The first hundred of all samples of a folder."
+    from torchvision.io import read_image
+    return torch.stack([read_image(str(f)) for f in sorted(out.glob('*/*.png'), key=lambda f: f.stem)[:100]])
+
+def _save_samples(draw: Callable, labels: Tensor, out: str, npz: bool, plan: dict) -> Tensor | None:
+    "One .npz, or PNG files in a folder whose manifest holds the plan. The first hundred, on the main process."
+    if npz:
+        if processes().num_processes > 1:
+            raise ValueError('several processes cannot write one .npz: leave out --npz, or use one process')
+        first: list[Tensor] = []
+        def parts() -> Iterator:
+            for numbers in tqdm(_pieces(len(labels)), desc='sampling', unit='piece'):
+                x = draw(numbers)
+                if len(first) < 100: first.extend(x[:100 - len(first)])
+                yield x.permute(0, 2, 3, 1).numpy()
+        save_npz(parts(), labels, f'{Path(out)}.npz')
+        return torch.stack(first)
+    folder = claim(out, 'samples', plan=plan)
+    with locked(folder):
+        _write_files(draw, labels, folder)
+        processes().wait_for_everyone()
+        return _first_files(folder) if processes().is_main_process else None
 
 # %% ../../nbs/tools/cli.ipynb #da9e2369
 @dataclass
@@ -650,18 +675,24 @@ def slfm_sample(
     npz: bool = False,# write OUT.npz in ADM's layout in place of PNG files
     **options         # how they are drawn, and from what
 ):
-    "Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it."
+    """Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it.
+
+    Also under `accelerate launch`. Interrupted, it goes on with the files that are missing when the line is repeated.
+    """
     sampler, what = _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options))
-    model, path, record = what.load(run)
-    tok = tokenizer_for(record, what.tokenizer or None, default_device())
+    loaded = what.load(run)
+    record, tok = loaded.record, tokenizer_for(loaded.record, what.tokenizer or None, default_device())
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
+    sample(loaded.model, loaded.path, y[:0], sampler) # none: refuses what cannot be, before anything is written
     plan = {'weights': record['weights'], 'decoder': tok.identity, 'labels': y.tolist(), **sampler.settings}
     grid = _claim_samples(out, npz, plan)
-    z = sample(model, path, y, sampler, progress=True)
-    with torch.no_grad():
-        images = torch.cat([tok.decode(x).cpu() for x in z.split(64)])
-    _save_samples(images, y, out, npz, plan)
-    save_grid(images[:100], grid)
+    @torch.no_grad()
+    def draw(numbers: range) -> Tensor:
+        z = _draw_numbered(loaded, sampler, len(numbers), y[numbers.start:numbers.stop], numbers)
+        return torch.cat([to_uint8(tok.decode(x)).cpu() for x in z.split(64)])
+    first = _save_samples(draw, y, out, npz, plan)
+    if first is None: return
+    save_grid(first/127.5 - 1, grid)
     print(f'{count} images in {Path(out)}{".npz" if npz else ""}, overview in {grid}')
 
 # %% ../../nbs/tools/cli.ipynb #f171d505
