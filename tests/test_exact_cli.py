@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact import Recorder
 
+from spherical_lfm import fidelity
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.experiments import PRESETS
@@ -99,6 +100,25 @@ def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
     with np.load(tmp_path/'all.npz') as z: images, labels = z['arr_0'], z['arr_1']
     assert labels.tolist() == y.tolist()
     assert np.abs(images.astype(int) - want.permute(0, 2, 3, 1).numpy().astype(int)).max() <= 1
+
+
+def test_samples_are_shared_among_processes(monkeypatch):
+    for rank, want in enumerate([[range(0, 250), range(500, 600)], [range(250, 500)]]):
+        monkeypatch.setattr(cli, 'processes', lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=2))
+        assert cli._pieces(600) == want
+
+
+def test_interrupted_samples_go_on(place, monkeypatch, tmp_path):
+    "Pieces that are there are not drawn again, and what was missing is what it would have been."
+    drawn = Recorder(monkeypatch, cli, '_draw_numbered', lambda given: fidelity._draw_numbered(**given))
+    monkeypatch.setattr(cli, '_pieces', lambda count: [range(k, k + 4) for k in range(0, count, 4)])
+    def call(): cli.slfm_sample([place.run, str(tmp_path/'out'), *'--count 12 --steps 2 --seed 5'.split()])
+    call()
+    before = {f: f.read_bytes() for f in tmp_path.glob('out/*/*.png')}
+    next(f for f in before if f.stem == '000005').unlink()
+    call()
+    assert [c['numbers'] for c in drawn.calls] == [range(0, 4), range(4, 8), range(8, 12), range(4, 8)]
+    assert len(before) == 12 and all(f.read_bytes() == pixels for f, pixels in before.items())
 
 
 def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):
