@@ -51,6 +51,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def free(port: int) -> bool:
+    with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) != 0
+
+
 def ranks() -> list[dict]:
     "What a launcher tells two processes of one machine."
     port = free_port()
@@ -65,7 +69,7 @@ def same_weights(a: Path, b: Path) -> bool:
 def lines(run: Path) -> int: return (run/'log.jsonl').read_text().count('\n') if (run/'log.jsonl').exists() else 0
 
 
-def until(done, seconds: float = 100.):
+def until(done, seconds: float = 300.):
     "Wait for something to become true."
     deadline = time.monotonic() + seconds
     while not done() and time.monotonic() < deadline: time.sleep(.1)
@@ -94,14 +98,18 @@ def with_nan(latents: Path, out: Path, image: int) -> Path:
     return out
 
 
+#: Bytes of a file after which the disk of the first process is full: for run.json, a line of the log, a checkpoint of a decoder.
+LARGEST = {'begin': 600, 'log': 4_000, 'decoder': 50_000}
+
+
 def _fails_alone(env: dict, latents: Path, out: Path, fault: str):
     "What one of two processes does: train, meet a fault or see the other meet it, and note what `fit` raises."
     os.environ.update(env)
     torch.set_num_threads(1)
     rank = int(env['RANK'])
     try:
-        if fault == 'disk':
-            if rank == 0: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        if fault in LARGEST and rank == 0: resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST[fault],)*2)
+        if fault == 'decoder':
             trainer = DecoderTrainer(load_tokenizer('digits'), digits_images('train')[0], FinetuneConfig(steps=2, batch_size=4, perceptual='none'), out)
         else:
             trainer = Trainer(TrainConfig(steps=100, **CONFIG), LatentDataset(latents, project=project, resident=False), out)
@@ -120,7 +128,9 @@ def both(target, *args):
 
 
 @pytest.mark.parametrize('fault,own,other', [
-    ('disk', 'OSError: .*cannot write .*step-00000002', 'OSError: .*cannot write .*step-00000002'),
+    ('begin', 'OSError: .*cannot write .*run.json', 'OSError: .*cannot write .*run.json'),
+    ('log', 'OSError: .*File too large', 'OSError: .*File too large'),
+    ('decoder', 'OSError: .*cannot write .*step-00000002', 'OSError: .*cannot write .*step-00000002'),
     ('nan', 'ConnectionError: another process of this job failed', 'ValueError: latents .* contain NaN or Inf'),
     ('memory', 'ConnectionError: another process of this job failed', 'OutOfMemoryError: out of memory at step 0: raise accumulate')])
 def test_what_fails_for_one_process_ends_both(latents, tmp_path, fault, own, other):
@@ -165,7 +175,7 @@ def test_settings_for_accelerate_change_no_run(latents, tmp_path):
         assert result.returncode == 0, result.stderr
         process = SERVER.Process(target=_finetunes, args=(tmp_path/f'{name}-decoder', env))
         process.start()
-        process.join(60)
+        process.join(100)
         assert process.exitcode == 0
     assert same_weights(tmp_path/'plain', tmp_path/'foreign')
     a, b = (load_file(checkpoints(tmp_path/f'{name}-decoder')[0]/'decoder.safetensors') for name in ('plain', 'foreign'))
@@ -173,22 +183,32 @@ def test_settings_for_accelerate_change_no_run(latents, tmp_path):
 
 
 # Launchers.
-def torchrun(*args, **env): return subprocess.Popen([BIN/'torchrun', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV | env)
+@pytest.fixture
+def start():
+    "Start a command whose processes end with the test, whatever becomes of it."
+    began = []
+
+    def start(*args, **env) -> subprocess.Popen:
+        began.append(subprocess.Popen([*map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV | env))
+        return began[-1]
+    yield start
+    for p in began:
+        if p.poll() is None: [c.kill() for c in (*psutil.Process(p.pid).children(recursive=True), p)]
 
 
 @linux
-def test_signals_to_torchrun_save_and_leave_nobody_behind(latents, tmp_path):
+def test_signals_to_torchrun_save_and_leave_nobody_behind(latents, tmp_path, start):
     "SIGTERM is passed on to the processes. SIGUSR1 is not known to it: it ends, and so do they."
     runs = {signal.SIGTERM: tmp_path/'term', signal.SIGUSR1: tmp_path/'usr1'}
-    began = {s: torchrun('--standalone', '--nproc_per_node', 2, '--no-python', BIN/'slfm_train', latents, run, '--steps', 100_000, *SMALL) for s, run in runs.items()}
+    began = {s: start(BIN/'torchrun', '--standalone', '--nproc_per_node', 2, '--no-python', BIN/'slfm_train', latents, run, '--steps', 100_000, *SMALL) for s, run in runs.items()}
     for run in runs.values(): until(lambda run=run: lines(run) > 3)
     workers = {s: psutil.Process(p.pid).children(recursive=True) for s, p in began.items()}
     assert {s: len(w) for s, w in workers.items()} == {s: 2 for s in runs}
     for s, p in began.items(): p.send_signal(s)
-    _, left = psutil.wait_procs(sum(workers.values(), []), timeout=30)
+    _, left = psutil.wait_procs(sum(workers.values(), []), timeout=60)
     for p in left: p.kill()
     assert not left
-    out = {s: p.communicate(timeout=30)[0] for s, p in began.items()}
+    out = {s: p.communicate(timeout=60)[0] for s, p in began.items()}
     for s, run in runs.items():
         assert len(checkpoints(run)) == 1 and 'stopped by a signal and saved' in out[s], out[s]
         assert json.loads((checkpoints(run)[0]/'state.json').read_text())['step'] == lines(run)
@@ -215,14 +235,16 @@ if [[ $1 == show ]]; then printf '127.0.0.1\\nelsewhere\\n'; else echo "$@" >> "
 """
 
 
-def sbatch(tmp_path: Path, *args, **env) -> subprocess.Popen:
+@pytest.fixture
+def sbatch(tmp_path, start):
     "configs/slurm.sh on a cluster of one machine: `srun` starts two tasks, `scontrol` notes what it is asked."
     (tmp_path/'bin').mkdir()
     for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
         (tmp_path/'bin'/name).write_text(text)
         (tmp_path/'bin'/name).chmod(0o755)
-    job = dict(SLURM_JOB_ID=str(free_port() - 10000), SLURM_JOB_NODELIST='both', SLURM_CPUS_PER_TASK='1', CALLS=str(tmp_path/'calls'), PATH=os.pathsep.join([str(tmp_path/'bin'), PATH]))
-    return subprocess.Popen(['bash', ROOT/'configs'/'slurm.sh', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV | job | env)
+    number = next(n for n in range(os.getpid(), os.getpid() + 20_000) if free(10_000 + n % 20_000)) # its port follows from it
+    job = dict(SLURM_JOB_ID=str(number), SLURM_JOB_NODELIST='both', SLURM_CPUS_PER_TASK='1', CALLS=str(tmp_path/'calls'), PATH=os.pathsep.join([str(tmp_path/'bin'), PATH]))
+    return lambda *args, **env: start('bash', ROOT/'configs'/'slurm.sh', *args, **job | env)
 
 
 def tasks(job: subprocess.Popen) -> list[psutil.Process]:
@@ -230,31 +252,31 @@ def tasks(job: subprocess.Popen) -> list[psutil.Process]:
 
 
 @linux
-def test_a_slurm_job_trains_saves_and_queues_itself_again(latents, tmp_path):
-    job = sbatch(tmp_path, latents, tmp_path/'run', '--steps', 100_000, *SMALL)
+def test_a_slurm_job_trains_saves_and_queues_itself_again(latents, tmp_path, sbatch):
+    job = sbatch(latents, tmp_path/'run', '--steps', 100_000, *SMALL)
     until(lambda: lines(tmp_path/'run') > 3)
     found = tasks(job)
     assert len(found) == 2
     for p in found: p.send_signal(signal.SIGUSR1) # as Slurm signals the tasks of a step
-    out = job.communicate(timeout=60)[0]
+    out = job.communicate(timeout=100)[0]
     assert job.returncode == 0 and out.count('stopped by a signal and saved') == 1, out # by the first of two: they are one job
     assert len(checkpoints(tmp_path/'run')) == 1 and (tmp_path/'calls').read_text().startswith('requeue ')
 
 
-def test_a_slurm_job_ends_where_a_task_fails(latents, tmp_path):
+def test_a_slurm_job_ends_where_a_task_fails(latents, tmp_path, sbatch):
     "Before the processes have met: the other one would wait for half an hour."
-    job = sbatch(tmp_path, latents, tmp_path/'run', '--steps', 3, *SMALL, FAILS='1')
+    job = sbatch(latents, tmp_path/'run', '--steps', 3, *SMALL, FAILS='1')
     out = job.communicate(timeout=30)[0]
     assert job.returncode == 1 and not (tmp_path/'calls').exists(), out
 
 
-def test_two_machines_train_as_one_does(latents, tmp_path):
+def test_two_machines_train_as_one_does(latents, tmp_path, start):
     "Two agents that meet at a port, each with one process, against two processes on one machine."
     pair = [Command('slfm_train', latents, tmp_path/'one', '--steps', 3, *SMALL, **env) for env in ranks()]
     meet = ['--nnodes', 2, '--nproc_per_node', 1, '--rdzv_backend', 'c10d', '--rdzv_endpoint', f'127.0.0.1:{free_port()}', '--rdzv_id', 'slfm', '--local_addr', '127.0.0.1']
-    began = [torchrun(*meet, '--no-python', BIN/'slfm_train', latents, tmp_path/'two', '--steps', 3, *SMALL) for _ in range(2)]
-    out = [p.communicate(timeout=120)[0] for p in began]
+    began = [start(BIN/'torchrun', *meet, '--no-python', BIN/'slfm_train', latents, tmp_path/'two', '--steps', 3, *SMALL) for _ in range(2)]
+    out = [p.communicate(timeout=300)[0] for p in began]
     assert [p.returncode for p in began] == [0, 0], out
     assert sum('done at step 3' in o for o in out) == 1
-    assert [c.wait(60).returncode for c in pair] == [0, 0]
+    assert [c.wait(100).returncode for c in pair] == [0, 0]
     assert same_weights(tmp_path/'one', tmp_path/'two')
