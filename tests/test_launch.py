@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -18,9 +19,10 @@ from forked import SERVER, Command, call
 from safetensors.torch import load_file
 
 from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig
+from spherical_lfm.engine import processes as engine
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, WindowOrder, encode_latents
-from spherical_lfm.engine.processes import fail_together, processes
+from spherical_lfm.engine.processes import fail_together, gathered, peers_alive, processes
 from spherical_lfm.engine.runs import checkpoints
 from spherical_lfm.sampling import load_run
 from spherical_lfm.sphere import project
@@ -160,6 +162,23 @@ def test_processes_raise_what_one_of_them_raised(tmp_path):
     both(_meets, tmp_path)
     assert json.loads((tmp_path/'0').read_text()) == ['ValueError: of 1', 'OSError: of 0', '', 'Local: of 0']
     assert json.loads((tmp_path/'1').read_text()) == ['ValueError: of 1', 'ValueError: of 1', '', 'RuntimeError: Local: of 0']
+
+
+def _waits(env: dict, out: Path):
+    "One process says nothing until the other has given up."
+    os.environ.update(env)
+    engine.PATIENCE = timedelta(seconds=6)
+    try:
+        with peers_alive():
+            if processes().process_index == 1: until((out/'0').exists, 60)
+            gathered('here')
+    except ConnectionError as e: (out/env['RANK']).write_text(str(e))
+
+
+def test_a_process_that_says_nothing_is_not_waited_for_without_end(tmp_path):
+    assert engine.PATIENCE == timedelta(minutes=30) # ten on NCCL if nothing is said
+    both(_waits, tmp_path)
+    for rank in '01': assert 'another process of this job failed or was stopped' in (tmp_path/rank).read_text()
 
 
 # What an environment says to accelerate.
