@@ -27,6 +27,7 @@ from .engine.checks import check_range
 from .engine.features import efficientnet_distance, frechet_distance, lpips_distance, psnr, ssim
 from .engine.files import atomic_write, tensor_digest
 from .engine.images import save_grid
+from .engine.processes import fail_together, new_accelerator
 from spherical_lfm.engine.runs import (
     DataOrder, Prefetcher, ResumableRun, Stream, optimizer_tensors, restore_optimizer, seal, seeded_generator,
     swapped_weights,
@@ -230,7 +231,7 @@ class DecoderTrainer(ResumableRun):
         c = self.config = config or FinetuneConfig()
         self.out = Path(out)
         self.name = f'decoder ({"spherical" if tokenizer.spherical else "control"})'
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = new_accelerator()
         share = _share(self.accelerator, c.batch_size)
         count = _count_images(images)
         self.perceptual = _perceptual(c.perceptual)
@@ -353,14 +354,14 @@ def _tensors(self: DecoderTrainer) -> dict[str, dict]:
 def save(self: DecoderTrainer) -> Path: # the checkpoint folder
     "Write a checkpoint and a strip (originals, decoded before, decoded now), and log PSNR on held-out images."
     folder, files = self._folder(), self._tensors()
-    if self.accelerator.is_main_process:
+    with fail_together():
+        if not self.accelerator.is_main_process: return folder
         with atomic_write(folder, folder=True, existing='replace') as tmp:
             tmp.mkdir()
             for name, tensors in files.items():
                 save_file(tensors, tmp/f'{name}.safetensors')
             seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
         self._show()
-    self.accelerator.wait_for_everyone()
     return folder
 
 # %% ../nbs/06_decoder.ipynb #d62aa600

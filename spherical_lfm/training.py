@@ -26,6 +26,7 @@ from . import sphere
 from .engine.checks import check_range
 from .engine.files import atomic_write
 from .engine.latents import LatentDataset, LatentLoader, send_to
+from .engine.processes import fail_together, new_accelerator
 from spherical_lfm.engine.runs import (
     ResumableRun, Stream, checkpoints, optimizer_tensors, remove_checkpoint, restore_optimizer, seal, seeded_generator,
     swapped_weights, tracker_names,
@@ -279,8 +280,7 @@ class Trainer(ResumableRun):
         self.path = arm_path(config.arm, config.project_velocity)
         classes = classes or data.classes
         _check_data(config, self.path, data, classes)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=tracker_names(config.trackers) or None, project_dir=self.out)
+        self.accelerator = new_accelerator(log_with=tracker_names(config.trackers) or None, project_dir=self.out)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         _check_share(config, self.world)
         if self.device.type == 'cuda' and config.tf32: torch.set_float32_matmul_precision('high')
@@ -425,15 +425,14 @@ def save(self: Trainer) -> Path: # the checkpoint folder
     folder, state, now = self._folder(), optimizer_tensors(self.net, self.optimizer), _whole_weights(self.net)
     with swapped_weights(self.weights, self.ema):
         ema = _whole_weights(self.net)
-    if self.accelerator.is_main_process:
-        twin = _twin(self.net)
+    with fail_together():
+        if not self.accelerator.is_main_process: return folder
         with atomic_write(folder, folder=True, existing='replace') as tmp:
-            _write_models(tmp, twin, now, ema)
+            _write_models(tmp, _twin(self.net), now, ema)
             save_file(state, tmp/'optimizer.safetensors')
             seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
         for old in checkpoints(self.out)[:-self.config.keep] if self.config.keep else ():
             remove_checkpoint(old)
-    self.accelerator.wait_for_everyone()
     return folder
 
 # %% ../nbs/08_training.ipynb #f64a1268

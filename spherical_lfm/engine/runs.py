@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .files import atomic_write, claim, locked, read_json, remove_listed, write_json
+from .processes import fail_together, peers_alive
 
 # %% ../../nbs/engine/runs.ipynb #89cb1698
 def seeded_generator(
@@ -373,14 +374,16 @@ def fit(self: ResumableRun,
     """Train. SIGTERM, SIGINT and SIGUSR1 save a checkpoint and return.
 
     Raises `FloatingPointError` if the loss diverges, `torch.OutOfMemoryError` with what helps; checkpoints stay as
-    they are; `FileExistsError` if the folder is neither new nor a run of ours.
+    they are; `FileExistsError` if the folder is neither new nor a run of ours; `ConnectionError` if another process
+    failed.
     """
-    claim(self.out, self.purpose, make=False)
-    self._start(resume)
-    claim(self.out, self.purpose)
-    with locked(self.out):
-        self._open()
-        return self._loop(until, progress)
+    with peers_alive():
+        claim(self.out, self.purpose, make=False)
+        self._start(resume)
+        claim(self.out, self.purpose)
+        with locked(self.out):
+            self._open()
+            return self._loop(until, progress)
 
 # %% ../../nbs/engine/runs.ipynb #5807ff22
 @patch
@@ -421,13 +424,13 @@ def _start(self: ResumableRun, resume: str | Path):
 @patch
 def _open(self: ResumableRun):
     "Make the folder ready for writing."
-    if self.accelerator.is_main_process:
-        write_json(self.out/'run.json', self.info)
-        _RunLog(self.out).cut(self.step)
     told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.info['config'].items()}
     purge = {'tensorboard': {'purge_step': self.step + 1}} # what is made again counts
-    self.accelerator.init_trackers(self.name, told, purge)
-    self.accelerator.wait_for_everyone()
+    with fail_together():
+        if self.accelerator.is_main_process:
+            write_json(self.out/'run.json', self.info)
+            _RunLog(self.out).cut(self.step)
+        self.accelerator.init_trackers(self.name, told, purge)
 
 # %% ../../nbs/engine/runs.ipynb #b626dc66
 def tracker_names(
@@ -485,7 +488,8 @@ def _report(self: ResumableRun) -> dict:
     self.seconds += seconds
     speed = since.count*self.config.batch_size/seconds
     row |= {'images_per_second': round(speed, 1)} | self.speed(seconds/since.count)
-    self._log({'step': self.step, **row})
+    with fail_together():
+        self._log({'step': self.step, **row})
     self._since = _Interval(now)
     return {k: f'{v:.4g}' for k, v in row.items() if v is not None}
 
