@@ -762,7 +762,7 @@ PIPELINE = faults(
      'the pipeline samples as sample does', 'exact_sampling::test_the_pipeline_is_sample_and_decode'),
     ('the pipeline ignores the negative class', 'negative_class, shift)', 'None, shift)',
      'the pipeline samples as sample does', 'exact_sampling::test_the_pipeline_is_sample_and_decode'),
-    ('guidance ends before the last time of its interval', 'field(z, exact)', 'field(z, t)',
+    ('guidance ends before the last time of its interval', 'field(z, exact)', 'field(z, float(t))',
      'the pipeline samples as sample does', 'pipeline::test_guidance_reaches_to_the_end_of_its_interval'),
     ('diffusers does not know the pipeline', 'diffusers.SphericalSiTPipeline = SphericalSiTPipeline\n', '',
      'diffusers opens a saved pipeline', 'pipeline::test_a_saved_pipeline_draws_the_same_images'),
