@@ -243,6 +243,8 @@ DECODER = faults(
 
 SIT = faults(
     'sit',
+    ('latents are not cast to the dtype of the weights', 'z.to(self.pos_embed.dtype)', 'z',
+     'models in bfloat16', 'pipeline::test_the_network_casts_latents_to_its_dtype'),
     ('heads of any size', 'for w, _, h in SIZES.values() if w == width), None)',
      'for w, _, h in SIZES.values()), None)',
      'published checkpoints', 'sit::test_heads_of_a_published_size_are_known'),
@@ -701,6 +703,8 @@ RUNS = faults(
 
 WEIGHTS = faults(
     'engine.weights',
+    ('TAEF2 decodes where it rests', '    @apply_forward_hook\n    def decode', '    def decode',
+     'offloading', 'pipeline::test_hooks_move_our_own_autoencoder_before_it_decodes_and_encodes'),
     ('raw weights of a published checkpoint', '(averaged or found)[0]', 'found[0]',
      'the average of a published checkpoint', 'sit::test_a_published_checkpoint_gives_its_average'),
 )
@@ -758,6 +762,37 @@ PIPELINE = faults(
      'the pipeline samples as sample does', 'exact_sampling::test_the_pipeline_is_sample_and_decode'),
     ('the pipeline ignores the negative class', 'negative_class, shift)', 'None, shift)',
      'the pipeline samples as sample does', 'exact_sampling::test_the_pipeline_is_sample_and_decode'),
+    ('guidance ends before the last time of its interval', 'field(z, exact)', 'field(z, float(t))',
+     'the pipeline samples as sample does', 'pipeline::test_guidance_reaches_to_the_end_of_its_interval'),
+    ('diffusers does not know the pipeline', 'diffusers.SphericalSiTPipeline = SphericalSiTPipeline\n', '',
+     'diffusers opens a saved pipeline', 'pipeline::test_a_saved_pipeline_draws_the_same_images'),
+    ('a README is written over', 'if not card.exists(): card', 'card',
+     'nothing of the user is replaced', 'pipeline::test_a_readme_of_the_user_is_left_alone'),
+    ('steps are found by their times', '    self.step_index += 1\n', '    self.step_index = None\n',
+     'steps are counted', 'pipeline::test_a_bare_loop_is_sample'),
+    ('the first step is always the first', 'self.index_for_timestep(timestep) if', '0 if',
+     'loops may begin anywhere', 'pipeline::test_a_scheduler_refuses_times_that_are_none_and_steps_after_the_last'),
+    ('positions in the dtype of the network', '    sample, model_output, _ = lift(sample, model_output)\n', '',
+     'geometry in float32', 'pipeline::test_a_loop_in_bfloat16_stays_on_the_sphere'),
+    ('a scheduler forgets what is given by position', '        self.register_to_config(_use_default_values=[])\n', '',
+     'settings of a scheduler', 'pipeline::test_a_saved_scheduler_has_its_settings'),
+    ('the decoder gets float32', 'raw.to(self.vae.dtype)', 'raw',
+     'pipelines in bfloat16', 'pipeline::test_bfloat16_weights_draw_nearly_the_same_images'),
+    ('noise is drawn where the weights rest', 'self.scheduler.path, self._execution_device',
+     'self.scheduler.path, self.device',
+     'offloading', 'pipeline::test_everything_meets_on_the_device_of_execution'),
+    ('models stay where they were brought', '    self.maybe_free_model_hooks()\n', '',
+     'offloading', 'pipeline::test_models_offloaded_whole_draw_the_same_images_and_are_freed'),
+    ('images in [0, 1] are taken for images in [-1, 1]', 'images*2 - 1 if decoder._zero_to_one else images', 'images',
+     'images of every autoencoder', 'pipeline::test_an_autoencoder_of_images_in_0_1_is_not_stretched'),
+    ('given noise stays off the sphere', 'return path.projection(z) if path.projection else z', 'return z',
+     'the prior of a path', 'pipeline::test_given_latents_are_the_noise'),
+    ('what a callback hands back is dropped', ".get('latents', z).to(z)", '.get(None, z).to(z)',
+     'callbacks', 'pipeline::test_a_callback_sees_every_step_and_replaces_latents'),
+    ('a callback takes latents to its own dtype', ".get('latents', z).to(z)", ".get('latents', z)",
+     'geometry in float32', 'pipeline::test_a_callback_sees_every_step_and_replaces_latents'),
+    ('labels repeated in another order', '.repeat_interleave(num_images_per_label)', '.repeat(num_images_per_label)',
+     'several images of a class', 'pipeline::test_labels_in_every_form_and_several_images_of_each'),
 )
 
 STUDIES = faults(

@@ -154,6 +154,7 @@ class SiT(ModelMixin, ConfigMixin):
     "Scalable interpolant transformer: (z [B, c, s, s], t [B], y [B]) to a velocity of the shape of z."
     _supports_gradient_checkpointing = True
     _no_split_modules = ['SiTBlock']
+    _keep_in_fp32_modules = None # every layer may be cast
 
     @register_to_config
     def __init__(self,
@@ -205,7 +206,7 @@ class SiT(ModelMixin, ConfigMixin):
 # %% ../nbs/07_sit.ipynb #714681a5
 @patch
 def forward(self: SiT,
-    z: Tensor, # latents [B, c, s, s]
+    z: Tensor, # latents [B, c, s, s], cast to the dtype of the weights
     t: Tensor, # times [B], 0 = noise, 1 = data
     y: Tensor  # classes [B]; `num_classes` is the null class
 ) -> Tensor: # velocity, shape of `z`
@@ -213,7 +214,7 @@ def forward(self: SiT,
     c, n = self.config, self.config.input_size
     if z.shape[1:] != (c.in_channels, n, n):
         raise ValueError(f'this model takes latents [B, {c.in_channels}, {n}, {n}], got {tuple(z.shape)}')
-    x = self.x_embedder(z) + self.pos_embed
+    x = self.x_embedder(z.to(self.pos_embed.dtype)) + self.pos_embed
     cond = self.t_embedder(1 - t if c.reverse_time else t) + self.y_embedder(y)
     recompute = self.gradient_checkpointing and torch.is_grad_enabled()
     for block in self.blocks:

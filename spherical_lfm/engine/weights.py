@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
@@ -89,12 +90,14 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
         self.encoder = _taef2_encoder(block_out_channels[0], latent_channels)
         self.decoder = _taef2_decoder(block_out_channels[0], latent_channels)
 
+    @apply_forward_hook # what offloads a model moves it before this, too
     def encode(self,
         images: Tensor # [B, 3, H, W] in [-1, 1]
     ) -> AutoencoderTinyOutput: # .latents [B, 32, H/8, W/8]
         "Images to latents."
         return AutoencoderTinyOutput(latents=self.encoder(images/2 + .5))
 
+    @apply_forward_hook
     def decode(self,
         latents: Tensor # [B, 32, h, w]
     ) -> DecoderOutput: # .sample [B, 3, 8h, 8w] in about [-1, 1]

@@ -6,20 +6,26 @@
 __all__ = ['FlowSchedulerOutput', 'FlowScheduler', 'SphericalSiTPipeline']
 
 # %% ../../nbs/tools/pipeline.ipynb #70026ad3
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..engine.images import to_uint8
+from ..engine.checks import check_range, check_tokens, lift
 from ..paths import FlowPath, arm_path
-from ..sampling import Sampler, _step_times, latent_shape, load_run, tokenizer_for, velocity_field
+from ..sampling import (
+    Sampler, _step_times, check_classes, guided_velocity, latent_shape, load_run, tokenizer_for)
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer
 from ..solvers import METHODS
@@ -35,7 +41,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
     "Steps along a path, one evaluation each, as a diffusers scheduler. Timesteps run from 0 (noise) to 1 (data)."
     order = 1
     init_noise_sigma = 1. #: noise is used as it is
-    _past: list           # of a multi-step method
+    step_index: int | None        #: number of the step that comes next; None before the first
+    _begin_index: int | None      # where the first step begins; None leaves it to its timestep
+    _past: list                   # of a multi-step method
 
     @register_to_config
     def __init__(self,
@@ -47,6 +55,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         if method not in METHODS or METHODS[method].evaluations != 1:
             raise ValueError('a scheduler takes one evaluation per step: method must be euler, adams2 or adams3, '
                              f'got {method!r}')
+        # diffusers notes arguments given by position as defaults, and `from_config` would forget them
+        self.register_to_config(_use_default_values=[])
         self.path = arm_path(arm, project_velocity)
         self.set_timesteps(50)
 
@@ -59,9 +69,27 @@ def set_timesteps(self: FlowScheduler,
     "Times 0, ..., shifted; forgets the past of a multi-step method. Raises `ValueError` for fewer than one step."
     if num_inference_steps < 1: raise ValueError(f'num_inference_steps must be at least 1, got {num_inference_steps}')
     self.num_inference_steps = num_inference_steps
+    self.step_index = self._begin_index = None
     self._past = []
     self._times = _step_times(num_inference_steps, self.config.shift)
     self.timesteps = self._times[:-1].to(device, torch.float32)
+
+# %% ../../nbs/tools/pipeline.ipynb #bb135242
+@patch
+def set_begin_index(self: FlowScheduler,
+    begin_index: int = 0 # number of the step
+):
+    "Begin with a later step, as loops do that start from a noised image."
+    self._begin_index = begin_index
+
+@patch
+def index_for_timestep(self: FlowScheduler,
+    timestep: float | Tensor # one of `timesteps`
+) -> int: # the first step that begins there
+    "Number of a step by its time. Raises `ValueError` if no step begins then."
+    found = (self.timesteps == torch.as_tensor(timestep).to(self.timesteps)).nonzero()
+    if len(found): return int(found[0])
+    raise ValueError(f'no step begins at time {float(timestep)}: choose one of `timesteps`')
 
 # %% ../../nbs/tools/pipeline.ipynb #a2064e9e
 @patch
@@ -78,32 +106,43 @@ def add_noise(self: FlowScheduler,
     noise: Tensor,            # z0 of the path's prior, same shape
     timesteps: Tensor         # times [B]
 ) -> Tensor: # z_t
-    "The point of the path between noise and data."
-    return self.path.interpolate(noise, original_samples, timesteps)[0]
+    "The point of the path between noise and data, in float32 or wider."
+    z0, z1, _ = lift(noise, original_samples)
+    return self.path.interpolate(z0, z1, timesteps.to(z1))[0]
 
 # %% ../../nbs/tools/pipeline.ipynb #c3d3daa0
 @patch
 def step(self: FlowScheduler,
     model_output: Tensor,      # velocity [B, d, h, w]
-    timestep: float | Tensor,  # one of `timesteps`
+    timestep: float | Tensor,  # where the first step begins, one of `timesteps`; later steps are counted
     sample: Tensor,            # positions
     return_dict: bool = True   # False returns a tuple
 ) -> FlowSchedulerOutput | tuple:
-    "From this timestep to the next; multi-step methods begin with an Euler step."
-    k = int((self._times - float(timestep)).abs().argmin())
-    t, ahead = self._times[k:k + 2].tolist()
+    """From a timestep to the next in float32 or wider; multi-step methods begin with an Euler step.
+
+    Raises `ValueError` after the last step, and for a first one that is not in `timesteps`.
+    """
+    if self.step_index is None:
+        self.step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+    if self.step_index >= self.num_inference_steps:
+        raise ValueError(f'all {self.num_inference_steps} steps are done: use set_timesteps to begin again')
+    t, ahead = self._times[self.step_index:self.step_index + 2].tolist()
+    sample, model_output, _ = lift(sample, model_output)
     v = self.path.tangent(sample, model_output)
     if self._past or self.config.method == 'euler':
         z = METHODS[self.config.method].step(lambda *_: v, self.path, sample, t, ahead - t, self._past)
     else:
         self._past = [(t, sample, v)]
         z = self.path.step(sample, v, ahead - t)
+    self.step_index += 1
     return FlowSchedulerOutput(prev_sample=z) if return_dict else (z,)
 
 # %% ../../nbs/tools/pipeline.ipynb #99ef808a
 class SphericalSiTPipeline(DiffusionPipeline):
     "Class-conditional images from a SiT, a path and an autoencoder."
     model_cpu_offload_seq = 'transformer->vae'
+    _callback_tensor_inputs = ['latents']
+    _interrupt = False #: a callback sets it to leave out the steps that remain
 
     def __init__(self,
         transformer: SiT,             # velocity model
@@ -114,7 +153,8 @@ class SphericalSiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(transform=transform)
-        self.tokenizer = Tokenizer(vae, LatentTransform(**(transform or {})), scheduler.path.spherical)
+        self.image_processor = VaeImageProcessor()
+        self._decoder() # refuses what does not belong together
 
     @classmethod
     def from_run(cls,
@@ -129,51 +169,124 @@ class SphericalSiTPipeline(DiffusionPipeline):
         scheduler = FlowScheduler(record['config']['arm'], project_velocity=projected)
         return cls(model, scheduler, tok.autoencoder, tok.transform.config)
 
+# %% ../../nbs/tools/pipeline.ipynb #c16338ff
+diffusers.SphericalSiTPipeline = SphericalSiTPipeline
+
+@patch
+def save_pretrained(self: SphericalSiTPipeline,
+    save_directory: str | Path, # a folder
+    **options                   # of `DiffusionPipeline.save_pretrained`
+):
+    "Save as diffusers does, with a `README.md` that says how to open it, unless there is one."
+    DiffusionPipeline.save_pretrained(self, save_directory, **options)
+    card = Path(save_directory)/'README.md'
+    if not card.exists(): card.write_text(_CARD)
+
+_CARD = """---
+library_name: diffusers
+---
+# A pipeline of spherical latent flow matching
+
+Where the package `spherical_lfm` is installed, this opens the folder:
+
+```python
+from spherical_lfm.tools.pipeline import SphericalSiTPipeline
+
+pipe = SphericalSiTPipeline.from_pretrained('FOLDER')
+```
+
+After this import, `DiffusionPipeline.from_pretrained` of diffusers opens it as well.
+"""
+
 # %% ../../nbs/tools/pipeline.ipynb #2a309d33
 def _draw(path: FlowPath, shape: tuple, generator: torch.Generator | list | None, device: torch.device) -> Tensor:
     "Noise [N, d, h, w] on a device, from one generator or from one per sample."
     if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f'{len(generator)} generators for {shape[0]} images: give one for all, or one per image')
         return torch.cat([_draw(path, (1, *shape[1:]), g, device) for g in generator])
     place = generator.device if generator else device
     return path.prior(shape, generator=generator, device=place).to(device)
 
-def _decoded(z: Tensor, tokenizer: Tokenizer, output_type: str) -> Tensor | list:
-    "Latents as they are, as images, or as PIL images."
+def _given(path: FlowPath, shape: tuple, latents: Tensor, device: torch.device) -> Tensor:
+    "Noise [N, d, h, w] of the caller, float32, where the path begins."
+    if latents.shape != shape:
+        raise ValueError(f'latents must be {list(shape)}, got {list(latents.shape)}: give one per image')
+    check_tokens(latents, zero_ok=not path.spherical)
+    return _put(path, latents.to(device, torch.float32))
+
+def _put(path: FlowPath, z: Tensor) -> Tensor:
+    "Points put where the path lives: on the sphere, or left as they are."
+    return path.projection(z) if path.projection else z
+
+# %% ../../nbs/tools/pipeline.ipynb #b2169af6
+@patch
+def _decoder(self: SphericalSiTPipeline) -> Tokenizer:
+    "Autoencoder and transform of now. Raises `ValueError` if they do not belong together."
+    return Tokenizer(self.vae, LatentTransform(**(self.config.transform or {})), self.scheduler.path.spherical)
+
+@patch
+def _decoded(self: SphericalSiTPipeline, decoder: Tokenizer, z: Tensor, output_type: str) -> Any:
+    "Latents as they are, or images as diffusers means the types."
     if output_type == 'latent': return z
-    images = tokenizer.decode(z)
-    if output_type == 'pt': return images
-    from torchvision.transforms.functional import to_pil_image
-    return [to_pil_image(x) for x in to_uint8(images).cpu()]
+    check_tokens(z, 'sampled latents', decoder.d)
+    raw = decoder.transform.to(z.device).inverse(_put(self.scheduler.path, z))
+    images = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
+    return self.image_processor.postprocess(images*2 - 1 if decoder._zero_to_one else images, output_type)
+
+# %% ../../nbs/tools/pipeline.ipynb #af33c954
+def _check_options(pipe: SphericalSiTPipeline, output_type: str, num_images_per_label: int, names: Sequence[str]):
+    "Raise `ValueError` for an unknown output, no images, or tensors that a callback cannot be given."
+    if output_type not in ('pil', 'np', 'pt', 'latent'):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    check_range(1, num_images_per_label=num_images_per_label)
+    known = pipe._callback_tensor_inputs
+    unknown = [k for k in names if k not in known]
+    if unknown: raise ValueError(f'callback_on_step_end_tensor_inputs has {unknown}: choose from {known}')
+
+def _after(callback: Callable, place: tuple, names: Sequence[str], z: Tensor) -> Tensor:
+    "Latents after a callback, float32 as before; `place` is pipeline, number of the step and timestep."
+    return (callback(*place, {k: z for k in names}) or {}).get('latents', z).to(z)
 
 # %% ../../nbs/tools/pipeline.ipynb #28041cb7
 @patch
 @torch.no_grad()
 def __call__(self: SphericalSiTPipeline,
-    class_labels: list[int] | Tensor,         # one class per image
+    class_labels: int | list[int] | Tensor,   # classes
     guidance_scale: float = 1.,               # w; 1 is none
     num_inference_steps: int = 50,            # solver steps
     generator: torch.Generator | list[torch.Generator] | None = None, # of the noise; one for all, or one per image
     guidance_interval: tuple = (0., 1.),      # times in which guidance applies
     negative_class: int | None = None,        # class to lead away from; None means the null class
-    output_type: str = 'pil',                 # 'pil', 'pt' ([N, 3, H, W] in [-1, 1]) or 'latent'
-    return_dict: bool = True                  # False returns a tuple
-) -> ImagePipelineOutput:
+    output_type: str = 'pil',                 # 'pil', 'np' [N, H, W, 3] and 'pt' [N, 3, H, W] in [0, 1], or 'latent'
+    return_dict: bool = True,                 # False returns a tuple
+    num_images_per_label: int = 1,            # images of a class, next to each other
+    latents: Tensor | None = None,            # noise to begin with [N, d, h, w]; None draws it
+    callback_on_step_end: Callable | None = None, # (pipeline, number of the step, timestep, tensors) -> new tensors
+    callback_on_step_end_tensor_inputs: Sequence[str] = ('latents',) # tensors that it gets, by name
+) -> ImagePipelineOutput | tuple:
     """Sample images.
 
-    Raises `ValueError` for classes out of range, another number of generators than images, or an unknown output type.
+    Raises `ValueError` for classes out of range, noise or generators that do not fit the number of images, an unknown
+    output type, and an autoencoder that does not fit the transform.
     """
-    if output_type not in ('pil', 'pt', 'latent'):
-        raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
-    net, path = self.transformer, self.scheduler.path
-    y = torch.atleast_1d(torch.as_tensor(class_labels, device=self.device))
+    names = getattr(callback_on_step_end, 'tensor_inputs', callback_on_step_end_tensor_inputs)
+    _check_options(self, output_type, num_images_per_label, names)
+    net, path, device = self.transformer, self.scheduler.path, self._execution_device
+    y = torch.as_tensor(class_labels).reshape(-1).repeat_interleave(num_images_per_label)
+    check_classes(y, net.config.num_classes, negative_class)
     self.scheduler.set_timesteps(num_inference_steps)
     method, shift = self.scheduler.config.method, self.scheduler.config.shift
     sampler = Sampler(num_inference_steps, method, guidance_scale, guidance_interval, negative_class, shift)
-    field = velocity_field(net, path, y, sampler)
-    if isinstance(generator, list) and len(generator) != len(y):
-        raise ValueError(f'{len(generator)} generators were given for {len(y)} images')
-    z = _draw(path, (len(y), *latent_shape(net)), generator, self.device)
-    for t in self.progress_bar(self.scheduler.timesteps.tolist()):
-        z = self.scheduler.step(field(z, t), t, z).prev_sample
-    images = _decoded(z, self.tokenizer.to(self.device), output_type)
+    field = partial(guided_velocity, net, path, y=y.to(device), sampler=sampler, null_class=net.config.num_classes)
+    decoder, shape = self._decoder(), (len(y), *latent_shape(net))
+    z = _draw(path, shape, generator, device) if latents is None else _given(path, shape, latents, device)
+    self._interrupt, self.num_timesteps = False, num_inference_steps
+    # the field takes times as `sample` does, before they are rounded to float32
+    for k, (t, exact) in enumerate(self.progress_bar([*zip(self.scheduler.timesteps, sampler.times)])):
+        if self._interrupt: continue
+        z = self.scheduler.step(field(z, exact), t, z).prev_sample
+        if callback_on_step_end: z = _after(callback_on_step_end, (self, k, t), names, z)
+    images = self._decoded(decoder, z, output_type)
+    self.maybe_free_model_hooks()
     return ImagePipelineOutput(images=images) if return_dict else (images,)
