@@ -29,7 +29,7 @@ from .engine.files import atomic_write, claim, digest_of, read_json, write_json
 from .engine.images import ImageSource, apart_from, save_grid, show_images
 from .engine.latents import Encoding, LatentDataset, encode_latents
 from .engine.plots import plot_distance_curves, plot_norms, plot_path_norms, plot_radial_share, plot_swaps
-from .engine.processes import default_device, processes
+from .engine.processes import default_device, processes, told_by_main
 from .engine.report import environment
 from .engine.runs import checkpoints
 from .concentration import norm_stats, path_norms
@@ -320,7 +320,7 @@ def _score_checkpoints(
     guidance = preset.guidances[0]
     sampler, quick = replace(preset.sampler, guidance=guidance, seed=config.seed), replace(preset, metrics=('fid',))
     y = class_mixture(labels, preset.curve_samples)
-    for folder in checkpoints(out):
+    for folder in told_by_main(checkpoints(out)):
         step = int(folder.name.removeprefix('step-'))
         if step > config.steps or str(step) in kept['curve']: continue
         if step == config.steps and preset.samples == preset.curve_samples:
@@ -408,7 +408,8 @@ def prepare_latents(
         raise ValueError(f'{preset.tokenizer} brings no statistics, so its latents are not standardised: '
                          'run slfm_finetune and give the folders it leaves as tokenizer and control')
     encoding = Encoding(preset.train.get('flip', True), precision=preset.sampler.precision)
-    if _cached_in(folder) != (tokenizer.latent_identity, source.fingerprint, encoding.flip, encoding.seed):
+    wanted = tokenizer.latent_identity, source.fingerprint, encoding.flip, encoding.seed
+    if told_by_main(_cached_in(folder) != wanted):
         encode_latents(tokenizer, source, folder, encoding, progress=progress)
     return tokenizer
 
