@@ -94,8 +94,8 @@ def path_norms(
     for t in times:
         z, v = interpolate(z0, z1, t.to(z0).expand(len(z0)))
         r = token_norm(z.double())
-        rows.append((r.mean(), r.std(unbiased=False), torch.tensor(radial_share(z, v), dtype=torch.float64)))
-    return dict(zip(('mean', 'std', 'radial_share'), torch.stack([torch.stack(r).cpu() for r in rows]).T))
+        rows.append((r.mean().item(), r.std(unbiased=False).item(), radial_share(z, v)))
+    return dict(zip(('mean', 'std', 'radial_share'), torch.tensor(rows, dtype=torch.float64).T))
 
 # %% ../nbs/01_concentration.ipynb #319cca6d
 def linear_radial_share(

@@ -30,7 +30,7 @@ from .engine.files import atomic_write, claim, digest_of, file_digest, read_json
 from .engine.images import ImageSource, apart_from, save_grid, show_images
 from .engine.latents import Encoding, LatentDataset, encode_latents
 from .engine.plots import plot_distance_curves, plot_norms, plot_path_norms, plot_radial_share, plot_swaps
-from .engine.processes import default_device, processes
+from .engine.processes import default_device, processes, told_by_main
 from .engine.report import environment
 from .engine.runs import checkpoints
 from .engine.shards import on_main
@@ -358,7 +358,7 @@ def _score_checkpoints(
     guidance = preset.guidances[0]
     sampler, quick = replace(preset.sampler, guidance=guidance, seed=config.seed), replace(preset, metrics=('fid',))
     y = class_mixture(labels, preset.curve_samples)
-    for folder in checkpoints(out):
+    for folder in told_by_main(checkpoints(out)):
         step = int(folder.name.removeprefix('step-'))
         if step > config.steps or str(step) in kept['curve']: continue
         if step == config.steps and preset.samples == preset.curve_samples:

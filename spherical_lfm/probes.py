@@ -69,6 +69,7 @@ def find_partners(
 ) -> tuple[Tensor, Tensor]: # anchors [M], partner of each [M]: image numbers; images alone in their class are left out
     "A random partner for every image. Raises `ValueError` if no image has one."
     if kind not in ('class', 'any'): raise ValueError(f"neighbours must be 'class' or 'any', got {kind!r}")
+    labels = labels.cpu() # where the generator draws
     partner = torch.full_like(labels, -1, dtype=torch.long)
     for c in labels.unique() if kind == 'class' else [None]:
         members = torch.arange(len(labels)) if c is None else (labels == c).nonzero().flatten()
@@ -160,7 +161,7 @@ def swap_displacement(
         a, b = z[m], z[n]
         for swap, rows in moved.items():
             off = token_norm(SWAPS[swap](a, b, None) - a)/token_norm(a).clamp_min(torch.finfo(a.dtype).tiny)
-            rows.append(off.mean((1, 2)))
+            rows.append(off.mean((1, 2)).cpu())
     return {swap: list(bootstrap_interval(torch.cat(rows))) for swap, rows in moved.items()}
 
 # %% ../nbs/05_probes.ipynb #f9a44c42
@@ -238,7 +239,7 @@ def equal_displacement(
 def _layer_edges(radii: Tensor, layers: int) -> Tensor:
     "Radii that part tokens into bins of equally many [layers + 1], from a million of them at most."
     sample = radii.flatten()[:: max(1, radii.numel()//1_000_000)]
-    return torch.quantile(sample, torch.linspace(0, 1, layers + 1))
+    return torch.quantile(sample, torch.linspace(0, 1, layers + 1, device=sample.device))
 
 def _layer_means(radii: Tensor, edges: Tensor) -> list[float]:
     "Mean radius of the tokens of each bin."

@@ -20,7 +20,7 @@ from .concentration import token_norm
 # %% ../nbs/02_sphere.ipynb #62895b87
 def _like_tokens(t, z: Tensor, dim: int):
     "Times `t` (a number, a scalar tensor or [B]) shaped to broadcast against `z`."
-    if not torch.is_tensor(t): return torch.as_tensor(t, dtype=z.dtype, device=z.device)
+    if not torch.is_tensor(t): return torch.full((), t, dtype=z.dtype, device=z.device)
     t = t.to(z.dtype)
     if t.ndim in (0, z.ndim): return t
     if t.ndim == 1 and dim % z.ndim != 0 and t.shape[0] in (1, z.shape[0]): return t.view(-1, *[1]*(z.ndim - 1))

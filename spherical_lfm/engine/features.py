@@ -358,11 +358,11 @@ def _extractor(name: str) -> Extractor:
     return EXTRACTORS[name]
 
 # %% ../../nbs/engine/features.ipynb #74569f67
-def _network(extractor: str, parts: tuple) -> Callable:
-    "Images as uint8 -> tuple of layers."
+def _network(extractor: str, parts: tuple, device: torch.device) -> Callable:
+    "Images as uint8 on a device -> tuple of layers."
     e = _extractor(extractor)
     layers = [getattr(e, p) for p in parts]
-    def load(): return create_feature_extractor(e.registry, layers, cuda=torch.cuda.is_available(), verbose=False)
+    def load(): return create_feature_extractor(e.registry, layers, cuda=False, verbose=False).to(device)
     if extractor != 'inception': return load()
     return cached_weights(load, 'the Inception weights', URL_INCEPTION_V3, 'choose another extractor')
 
@@ -383,7 +383,8 @@ def feature_function(
 
     Raises `ConnectionError` if weights cannot be had, `ValueError` if they are damaged or for images of a wrong size.
     """
-    net, device = _network(extractor, parts), default_device()
+    device = default_device()
+    net = _network(extractor, parts, device)
     def extract(images: Tensor):
         _check_side(extractor, images)
         x = (images if images.dtype == torch.uint8 else to_uint8(images)).to(device)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .files import atomic_write, claim, locked, read_json, remove_listed, write_json
-from .processes import fail_together, peers_alive
+from .processes import fail_together, peers_alive, told_by_main
 
 # %% ../../nbs/engine/runs.ipynb #89cb1698
 def seeded_generator(
@@ -413,9 +413,9 @@ def _loop(self: ResumableRun, until: int | None, progress: bool) -> dict:
 def _start(self: ResumableRun, resume: str | Path):
     "Load the checkpoint to go on from, if there is one."
     if resume == 'never':
-        if not checkpoints(self.out): return
+        if not told_by_main(checkpoints(self.out)): return
         raise ValueError(f'{self.out} holds checkpoints, and resume is never: choose another folder, or resume auto')
-    start = newest_checkpoint(self.out) if resume == 'auto' else Path(resume)
+    start = told_by_main(newest_checkpoint(self.out)) if resume == 'auto' else Path(resume)
     if start is None: return
     self.load(start)
     self._saved_at = self.step

@@ -37,9 +37,9 @@ from spherical_lfm.engine.files import (
 )
 from ..engine.images import ImageSource, readable, save_grid, to_uint8
 from ..engine.latents import Encoding, LatentDataset, encode_latents
-from ..engine.processes import default_device, processes
+from ..engine.processes import default_device, processes, told_by_main
 from ..engine.report import environment
-from ..engine.runs import dtype_of
+from ..engine.runs import dtype_of, newest_checkpoint
 from ..engine.shards import on_main
 from ..decoder import FinetuneConfig
 from ..experiments import Preset, compare, decoder_name, get_preset
@@ -637,8 +637,12 @@ class _Checkpoint:
     tokenizer: str = ''     # tokenizer name or folder; empty takes the one the run was trained on
 
     def load(self, run: str) -> LoadedRun:
-        "The checkpoint of a run."
-        return load_run(run, None if self.step < 0 else self.step, default_device(), self.weights)
+        "The checkpoint of a run; the newest one is what the main process sees, another may come at any time."
+        step: int | None = self.step
+        if self.step < 0:
+            newest = told_by_main(newest_checkpoint(run))
+            step = newest and int(newest.name.removeprefix('step-'))
+        return load_run(run, step, default_device(), self.weights)
 
 def _interval(
     guide_from: float = 0., # time at which guidance begins (0 is noise)
@@ -806,7 +810,7 @@ def slfm_evaluate(
         claim_file(file)
     earlier = _earlier(against) if against else {}
     columns, sampler, what = _chosen(_images, options), _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options))
-    run = _open_run(samples, what, sampler) if (Path(samples)/'checkpoints').is_dir() else None
+    run = _open_run(samples, what, sampler) if told_by_main((Path(samples)/'checkpoints').is_dir()) else None
     side = _common_side(samples, run, reference, size, columns)
     given = None if run else _opened(samples, side)
     real_images = None if is_npz(reference) else _images(reference, side, **columns)
