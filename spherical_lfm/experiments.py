@@ -359,7 +359,7 @@ def run_arm(
     reference: dict,            # from `reference_features`
     out: Path,                  # run folder
     seed: int = 0,              # of training and sampling
-    curve: bool = True,         # score every checkpoint as well
+    curve: bool = True,         # keep and score every checkpoint
     progress: bool = True       # show progress bars
 ) -> dict: # a row: the distance under its `distance_key`, 'kid', 'accuracy', 'guided', 'final_loss', 'curve', ...
     """Train and score one arm; whatever is finished is reused.
@@ -367,7 +367,7 @@ def run_arm(
     The row has 'loss_over_power', 'steps', 'seconds' and 'protocol' as well. Raises `InterruptedError` if training is
     stopped by a signal.
     """
-    config = TrainConfig(arm=arm, seed=seed, **preset.train)
+    config = TrainConfig(arm=arm, seed=seed, **({'keep': 0} if curve else {}) | preset.train)
     trainer = Trainer(config, LatentDataset(latents, project=arm_path(arm).projection), out)
     result = trainer.fit(progress=progress)
     if result['stopped']:
