@@ -412,15 +412,6 @@ def speed(self: Trainer,
         'data_wait': round(waited/(seconds*self.config.log_every), 5),
     }
 
-# %% ../nbs/08_training.ipynb #c2c2de0d
-@patch
-def _open(self: Trainer):
-    "As every run; and before the first step, set how precise products are, and measure how fast they are."
-    ResumableRun._open(self)
-    tf32 = self.config.tf32 and self.device.type == 'cuda'
-    torch.set_float32_matmul_precision('high' if tf32 else 'highest')
-    matmul_peak(self.device.type, self.config.precision)
-
 # %% ../nbs/08_training.ipynb #59c54046
 def _whole_weights(net: SiT) -> dict:
     "Weights by name, whole, on the CPU of the main process."
@@ -473,3 +464,12 @@ def load(self: Trainer,
         state = load_file(folder/'optimizer.safetensors')
     restore_optimizer(self.net, self.optimizer, state)
     self.step, self.seconds = saved['step'], saved['seconds']
+
+# %% ../nbs/08_training.ipynb #c2c2de0d
+@patch
+def _open(self: Trainer):
+    "As every run; and before the first step, set how precise products are, and measure how fast they are."
+    ResumableRun._open(self)
+    tf32 = self.config.tf32 and self.device.type == 'cuda'
+    torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+    matmul_peak(self.device.type, self.config.precision)
