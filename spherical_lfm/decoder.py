@@ -8,8 +8,10 @@ __all__ = ['PatchDiscriminator', 'discriminator_loss', 'adaptive_weight', 'Finet
 
 # %% ../nbs/06_decoder.ipynb #60153ffb
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +31,8 @@ from .engine.files import atomic_write, tensor_digest
 from .engine.images import save_grid
 from .engine.processes import fail_together, new_accelerator
 from spherical_lfm.engine.runs import (
-    DataOrder, Prefetcher, ResumableRun, Stream, optimizer_tensors, restore_optimizer, seal, seeded_generator,
-    swapped_weights,
+    DataOrder, Prefetcher, ResumableRun, Stream, keep_newest, optimizer_tensors, restore_optimizer, seal,
+    seeded_generator, swapped_weights,
 )
 from .tokenizers import Tokenizer
 
@@ -87,6 +89,7 @@ class FinetuneConfig:
     seed: int = 0                   # of the discriminator, the order of images and their mirroring
     log_every: int = 50             # steps between lines of log.jsonl
     checkpoint_every: int = 500     # steps between checkpoints and sample strips
+    keep: int = 3                   # newest checkpoints that are kept; 0 keeps all
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
@@ -99,7 +102,7 @@ def _check_recipe(values: dict):
         if values[field] not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {values[field]!r}')
     counts = 'steps', 'batch_size', 'log_every', 'checkpoint_every', 'discriminator_width', 'discriminator_layers'
     check_range(1, **{k: values[k] for k in counts})
-    check_range(0, **{k: values[k] for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight')})
+    check_range(0, **{k: values[k] for k in ('discriminator_start', 'perceptual_weight', 'adversarial_weight', 'keep')})
     check_range(0, 1, ema_decay=values['ema_decay'])
     check_range(1e-12, lr=values['lr'])
 
@@ -149,13 +152,14 @@ def _adam(parameters: Iterable[Tensor], c: FinetuneConfig) -> torch.optim.Optimi
 class _Feed:
     """Batches by step from a tensor or from anything with `len` and `[n] -> (image, label)`, the next one read ahead.
 
-    Images that cannot be read give way to the next that can.
+    Images are decoded side by side in a few threads. Those that cannot be read give way to the next that can.
     """
     def __init__(self, images, config: FinetuneConfig, share: slice):
         self.images, self.config, self.share = images, config, share
         self.skipped: set[int] = set()
         self.order = DataOrder(len(images), config.batch_size, config.seed)
         self.ahead = Prefetcher(self._read, 1)
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), 'slfm-decode')
 
     def _one(self, n: int) -> Tensor:
         for k in range(n, n + len(self.images)):
@@ -166,7 +170,8 @@ class _Feed:
 
     def take(self, at: Tensor) -> Tensor:
         "Images by their numbers."
-        return self.images[at] if torch.is_tensor(self.images) else torch.stack([self._one(n) for n in at.tolist()])
+        if torch.is_tensor(self.images): return self.images[at]
+        return torch.stack([*self._pool.map(self._one, at.tolist())])
 
     def _read(self, step: int) -> Tensor:
         x = self.take(self.order.indices(step)[self.share])
@@ -210,6 +215,7 @@ class DecoderTrainer(ResumableRun):
 
     The tokenizer's `spherical` decides whether tokens are projected.
     """
+    free = ResumableRun.free + ('keep',)
     purpose = 'a decoder run'
     reconstruction_loss: Callable[..., tuple] #: these are given below
     adversarial_loss: Callable[..., tuple]
@@ -361,6 +367,7 @@ def save(self: DecoderTrainer) -> Path: # the checkpoint folder
             for name, tensors in files.items():
                 save_file(tensors, tmp/f'{name}.safetensors')
             seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
+        keep_newest(folder, self.config.keep)
         self._show()
     return folder
 

@@ -397,7 +397,7 @@ def run_arm(
     reference: dict,            # from `prepare_reference`
     out: Path,                  # run folder
     seed: int = 0,              # of training and sampling
-    curve: bool = True,         # score every checkpoint as well
+    curve: bool = True,         # keep and score every checkpoint
     progress: bool = True       # show progress bars
 ) -> dict: # a row: the distance under its `distance_key`, 'kid', 'accuracy', 'guided', 'final_loss', 'curve', ...
     """Train and score one arm; whatever is finished is reused.

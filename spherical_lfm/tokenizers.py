@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -25,6 +24,7 @@ from .engine.checks import check_tokens
 from .engine.features import psnr
 from .engine.files import atomic_write, read_json, tensor_digest, write_json
 from .engine.images import ImageSource, digits_images
+from .engine.latents import free_bytes
 from .engine.processes import RunningMoments
 from .engine.weights import TOKENIZERS, format_of, load_autoencoder, load_taef2, load_vavae
 from .sphere import project
@@ -253,18 +253,13 @@ def images_that_fit(self: Tokenizer,
     if (height, width) not in self._bytes:
         self._bytes[height, width] = _activation_bytes(self.autoencoder, height, width)
     need = self._bytes[height, width]
-    count = int(_free_bytes(next(self.autoencoder.parameters()).device)/2//need) if need else 2**20
+    count = int(free_bytes(next(self.autoencoder.parameters()).device)/2//need) if need else 2**20
     can_tile = hasattr(self.autoencoder, 'enable_tiling') and not getattr(self.autoencoder, 'use_tiling', False)
     if not count and can_tile:
         warnings.warn(f'one {height} x {width} image may need {need/2**30:.1f} GiB in {self.name}, '
                       'more than half of what is free: tiling is switched on', stacklevel=2)
         self.enable_tiling()
     return max(1, count)
-
-# %% ../nbs/04_tokenizers.ipynb #d66b5c4f
-def _free_bytes(device: torch.device) -> int:
-    "Memory that is free now where a model lies."
-    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available
 
 # %% ../nbs/04_tokenizers.ipynb #e0a0dc38
 @torch.no_grad()

@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import sphere
 from .engine.checks import check_range
 from .engine.files import atomic_write
-from .engine.latents import LatentDataset, LatentLoader, send_to
+from .engine.latents import RESIDENT, LatentDataset, LatentLoader, place_latents, send_to
 from .engine.processes import fail_together, new_accelerator
 from spherical_lfm.engine.runs import (
-    ResumableRun, Stream, checkpoints, optimizer_tensors, remove_checkpoint, restore_optimizer, seal, seeded_generator,
-    swapped_weights, tracker_names,
+    ResumableRun, Stream, keep_newest, optimizer_tensors, restore_optimizer, seal, seeded_generator, swapped_weights,
+    tracker_names,
 )
 from .paths import FlowPath, arm_path, shift_time
 from .sit import SiT
@@ -61,11 +61,12 @@ class TrainConfig:
     accumulate: int = 1            # parts into which a process cuts its share of the batch
     checkpointing: bool = False    # recompute activations in the backward pass: less memory, a third more time
     parallel: str = 'ddp'          # several processes: 'ddp' (whole models) or 'fsdp' (each holds a part of everything)
+    resident: str = 'auto'         # where latents lie: 'gpu', 'host' (a copy), 'no' (files), 'auto' (gpu if they fit, else no)
     window: int = 65_536           # images that are shuffled together
     seed: int = 0                  # of initialisation and every draw
     log_every: int = 100           # steps between lines of log.jsonl
     checkpoint_every: int = 10_000 # steps between checkpoints
-    keep: int = 0                  # newest checkpoints that are kept; 0 keeps all
+    keep: int = 3                  # newest checkpoints that are kept; 0 keeps all
     trackers: str = ''             # comma-separated trackers that get the log as well, such as tensorboard,wandb
 
     def __post_init__(self):
@@ -78,6 +79,7 @@ _CHOICES = {
     'time_sampling': ('uniform', 'logit-normal'),
     'coupling': ('independent', 'transport'),
     'parallel': ('ddp', 'fsdp'),
+    'resident': RESIDENT,
 }
 
 def _check_settings(c: TrainConfig):
@@ -191,21 +193,27 @@ def model_flops(
     return float(counter.get_total_flops())
 
 # %% ../nbs/08_training.ipynb #8c553d9d
-@functools.lru_cache
 def matmul_peak(
     device: str,                 # 'cpu' or 'cuda'
     precision: str = 'float32',  # 'float32' (TF32 where it is allowed) or 'bf16'
     repeats: int = 5             # of which the fastest counts
 ) -> float: # operations per second
     "The speed of a large square matrix product: what a device reaches, not what its datasheet says."
+    return _peak(device, precision, repeats, torch.get_float32_matmul_precision())
+
+@functools.lru_cache
+def _peak(device: str, precision: str, repeats: int, allowed: str) -> float:
+    "Measure `matmul_peak`; `allowed` is how precise float32 products are at the time."
     n, dtype = 8192 if device == 'cuda' else 1024, torch.bfloat16 if precision == 'bf16' else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a, b, out = torch.rand(3, n, n, generator=seeded_generator(device, 0), device=device).to(dtype)
     best = float('inf')
     for _ in range(repeats + 1): # the first one warms up
         began = time.perf_counter()
-        a @ b
+        torch.mm(a, b, out=out)
         if device == 'cuda': torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
+    del a, b, out
+    if device == 'cuda': torch.cuda.empty_cache()
     return 2*n**3/best
 
 # %% ../nbs/08_training.ipynb #c57e06a9
@@ -239,26 +247,28 @@ def _new_network(config: TrainConfig, data: LatentDataset, classes: int) -> SiT:
     return net
 
 # %% ../nbs/08_training.ipynb #dc54f5f2
-def _shard(net: SiT, accelerator: Accelerator):
-    "Cut the weights of a network among processes, block by block."
+def _shard(net: SiT, accelerator: Accelerator, precision: str):
+    "Cut the weights of a network among processes, block by block; under bf16, blocks are gathered in bfloat16."
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    gathered = torch.bfloat16 if precision == 'bf16' else None
+    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False) # between blocks is float32
     for block in net.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh)
 
 # %% ../nbs/08_training.ipynb #5e2da69a
 def _place(net: SiT, config: TrainConfig, accelerator: Accelerator, sharded: bool) -> Any:
     "What a step calls: the network, compiled if asked for, and shared among processes."
-    if sharded: _shard(net, accelerator)
+    if sharded: _shard(net, accelerator, config.precision)
     model = torch.compile(net, dynamic=False) if config.compile else net
     return model if sharded else accelerator.prepare(model)
 
 # %% ../nbs/08_training.ipynb #9767a37b
 class Trainer(ResumableRun):
     "Trains a `SiT` on cached latents into a run folder; `fit()` continues from the newest whole checkpoint, if any."
-    free = ResumableRun.free + ('accumulate', 'checkpointing', 'parallel', 'keep', 'trackers')
+    free = ResumableRun.free + ('accumulate', 'checkpointing', 'parallel', 'resident', 'keep', 'trackers')
     memory_advice = 'raise accumulate, or set precision bf16, checkpointing, or parallel fsdp on several GPUs'
     order_of_data: Callable[..., None] #: these are given below
     draws: Callable[..., tuple]
@@ -283,7 +293,6 @@ class Trainer(ResumableRun):
         self.accelerator = new_accelerator(log_with=tracker_names(config.trackers) or None, project_dir=self.out)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         _check_share(config, self.world)
-        if self.device.type == 'cuda' and config.tf32: torch.set_float32_matmul_precision('high')
         self.net = _new_network(config, data, classes).to(self.device)
         self.sharded = config.parallel == 'fsdp' and self.world > 1
         self.model = _place(self.net, config, self.accelerator, self.sharded)
@@ -305,8 +314,7 @@ class Trainer(ResumableRun):
 def order_of_data(self: Trainer, classes: int, d: int, side: int):
     "What is read when, and what must not change between calls."
     c, share, index = self.config, self.config.batch_size//self.world, self.data.index
-    if self.device.type == 'cuda' and self.data.z is not None:
-        if self.data.bytes < torch.cuda.mem_get_info()[0]/3: self.data.to(self.device)
+    self.data = place_latents(self.data, c.resident, self.device)
     first = self.accelerator.process_index*share
     self.mine = slice(first, first + share)
     self.loader = LatentLoader(self.data, c.batch_size, c.seed, .5*c.flip, self.mine, c.window, self.device)
@@ -431,8 +439,7 @@ def save(self: Trainer) -> Path: # the checkpoint folder
             _write_models(tmp, _twin(self.net), now, ema)
             save_file(state, tmp/'optimizer.safetensors')
             seal(tmp, {'step': self.step, 'seconds': self.seconds, **self.info})
-        for old in checkpoints(self.out)[:-self.config.keep] if self.config.keep else ():
-            remove_checkpoint(old)
+        keep_newest(folder, self.config.keep)
     return folder
 
 # %% ../nbs/08_training.ipynb #f64a1268
@@ -456,3 +463,12 @@ def load(self: Trainer,
         state = load_file(folder/'optimizer.safetensors')
     restore_optimizer(self.net, self.optimizer, state)
     self.step, self.seconds = saved['step'], saved['seconds']
+
+# %% ../nbs/08_training.ipynb #c2c2de0d
+@patch
+def _open(self: Trainer):
+    "As every run; and before the first step, set how precise products are, and measure how fast they are."
+    ResumableRun._open(self)
+    tf32 = self.config.tf32 and self.device.type == 'cuda'
+    torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+    matmul_peak(self.device.type, self.config.precision)

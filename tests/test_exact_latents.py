@@ -54,7 +54,7 @@ def test_the_encoder_works_in_the_precision_asked_for(tmp_path, precision, dtype
     tokenizer, seen = load_tokenizer('digits'), []
     tokenizer.autoencoder.encoder.conv_in.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     encode_latents(tokenizer, ImageSource('digits'), tmp_path/precision, Encoding(flip=False, dtype='bf16', precision=precision), order=torch.arange(20), progress=False)
-    data = LatentDataset(tmp_path/precision)
+    data = LatentDataset(tmp_path/precision, resident=True)
     assert set(seen) == {dtype}
     assert data.z['z'].dtype == torch.bfloat16
     assert data.batch(torch.arange(3))[0].dtype == torch.float32
@@ -89,8 +89,8 @@ def test_the_window_that_comes_next():
     first, second = order._shuffle(0), order._shuffle(1)
     for step, number, rows in ((0, 0, first[32:64]), (3, 0, first[32:64]), (4, 1, first[64:96]), (9, 2, first[96:]),
                                (10, 4, second[32:64])):
-        found = order.coming(step)
-        assert found[0] == number and torch.equal(found[1], rows)
+        assert order.window_at(step) == number and torch.equal(order.images_of(number + 1), rows)
+    assert torch.equal(order.images_of(4), second[:32]), 'after the last window of an epoch'
 
 
 @pytest.mark.parametrize('flip', [0., .5, 1.])

@@ -316,7 +316,7 @@ def test_a_killed_encoding_of_other_images_is_not_continued(tmp_path):
     with pytest.raises(KeyboardInterrupt): encode_latents(tokenizer, source, tmp_path/'cache', Encoding(flip=False, shard_size=16), progress=False)
     encode_latents(tokenizer, ImageSource(tmp_path/'two'/'train', 16), tmp_path/'cache', Encoding(flip=False, shard_size=16), progress=False)
     encode_latents(tokenizer, ImageSource(tmp_path/'two'/'train', 16), tmp_path/'plain', Encoding(flip=False), progress=False)
-    a, b = (LatentDataset(tmp_path/n).z['z'] for n in ('cache', 'plain'))
+    a, b = (LatentDataset(tmp_path/n, resident=True).z['z'] for n in ('cache', 'plain'))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 

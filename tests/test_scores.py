@@ -88,7 +88,7 @@ def test_reference_and_latents_of_folders_with_one_name(tmp_path):
     for where, first in (('one', 0), ('two', 100)):
         source = ImageSource(folder_of(images[first:first + 24], tmp_path/where/'train'), 16)
         prepare_latents(preset, source, tmp_path/'latents', progress=False)
-        found.append((prepare_reference(preset, source, tmp_path, progress=False)['features'], LatentDataset(tmp_path/'latents').z['z'].clone(), source))
+        found.append((prepare_reference(preset, source, tmp_path, progress=False)['features'], LatentDataset(tmp_path/'latents', resident=True).z['z'], source))
     assert not torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][1], found[1][1])
     want = extract_features(torch.stack([x for x, _ in found[1][2]]), 'digits')
     torch.testing.assert_close(found[1][0], want[found[1][2].shuffled(0)])

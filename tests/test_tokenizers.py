@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,11 +276,11 @@ def test_batches_are_split_to_fit_and_give_the_same(monkeypatch):
     seen, encode = [], t.autoencoder.encode
     monkeypatch.setattr(t.autoencoder, 'encode', lambda x: (seen.append(len(x)), encode(x))[1])
     class Little: available = 2*7*t._bytes[16, 16]
-    monkeypatch.setattr(tk.psutil, 'virtual_memory', lambda: Little)
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: Little)
     torch.testing.assert_close(t.decode(t.encode(x)), whole, atol=1e-5, rtol=0)
     assert max(seen) == 7 and sum(seen) == 40
     class None_: available = 0
-    monkeypatch.setattr(tk.psutil, 'virtual_memory', lambda: None_)
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: None_)
     with pytest.warns(UserWarning, match='tiling is switched on'): assert t.images_that_fit(16, 16) == 1
     assert t.autoencoder.use_tiling
     with pytest.raises(ValueError, match='has no tiling'): tk.Tokenizer(AutoencoderTAEF2()).enable_tiling()

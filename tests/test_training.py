@@ -77,7 +77,7 @@ def test_two_processes_were_two(pair):
 
 
 def test_two_processes_encode_and_sample_as_one_does(pair, latents, tmp_path):
-    whole, parts = LatentDataset(latents, verify=True), LatentDataset(pair/'latents', verify=True)
+    whole, parts = (LatentDataset(f, verify=True, resident=True) for f in (latents, pair/'latents'))
     assert torch.equal(whole.y, parts.y)
     torch.testing.assert_close(parts.z['z'], whole.z['z'], atol=1e-4, rtol=0)
     alone, shards = together.samples(tmp_path), [load_file(f) for f in sorted((pair/'samples').glob('features-*.safetensors'))]

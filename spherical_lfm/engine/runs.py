@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seeded_generator', 'Stream', 'DataOrder', 'Prefetcher', 'checkpoints', 'seal', 'newest_checkpoint',
-           'remove_checkpoint', 'optimizer_tensors', 'restore_optimizer', 'swapped_weights', 'ResumableRun',
-           'tracker_names']
+           'remove_checkpoint', 'keep_newest', 'optimizer_tensors', 'restore_optimizer', 'swapped_weights',
+           'ResumableRun', 'tracker_names']
 
 # %% ../../nbs/engine/runs.ipynb #94bae5fd
 import json
@@ -153,6 +153,16 @@ def remove_checkpoint(
         listed = json.loads((folder/'state.json').read_text())['files']
     except (OSError, ValueError, KeyError): return
     remove_listed(folder, [*listed, 'state.json'])
+
+# %% ../../nbs/engine/runs.ipynb #0eecb086
+def keep_newest(
+    folder: Path, # the checkpoint that was written last
+    count: int    # how many are kept, that one included; 0 keeps all
+):
+    "Remove the checkpoints of a run that are older than the newest few up to this one; later ones stay."
+    until_now = [c for c in checkpoints(folder.parent.parent) if c <= folder]
+    for old in until_now[:-count] if count else ():
+        remove_checkpoint(old)
 
 # %% ../../nbs/engine/runs.ipynb #5e3ad703
 def optimizer_tensors(

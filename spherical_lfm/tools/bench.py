@@ -264,7 +264,7 @@ def bench_loader(
 ) -> dict: # share of time spent waiting, from files that are mapped and from memory
     "How long training waits for latents: random ones in a temporary folder, read by the trainer's own loader."
     config = TrainConfig(model=model, steps=steps + 1, batch_size=batch_size, precision=precision, flip=False,
-                         window=count//2, log_every=steps, checkpoint_every=10**9)
+                         window=count//2, resident='no', log_every=steps, checkpoint_every=10**9)
     result = {}
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
