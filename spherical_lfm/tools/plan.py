@@ -216,16 +216,20 @@ def activation_bytes(
     checkpointing: bool = False   # blocks are recomputed
 ) -> int:
     "What a forward pass keeps for the backward pass, at most: without torch.compile, which saves less."
-    c = net.config
     with FakeTensorMode():
-        twin = SiT.from_config(c)
-        z = torch.zeros(batch, c.in_channels, c.input_size, c.input_size)
-        given = z, torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
-        if not checkpointing: return _kept(twin, precision, *given)
-        x = torch.zeros(batch, (c.input_size//c.patch_size)**2, c.hidden_size, requires_grad=True)
-        block = _kept(twin.blocks[0], precision, x, torch.zeros(batch, c.hidden_size)) # one at a time
-        twin.enable_gradient_checkpointing()
-        return _kept(twin, precision, *given) + block
+        one, two = (_kept_by_blocks(net, n, batch, precision, checkpointing) for n in (1, 2))
+    return one + (net.config.depth - 1)*(two - one)
+
+def _kept_by_blocks(net: SiT, depth: int, batch: int, precision: str, checkpointing: bool) -> int:
+    "What a network like `net` with so many blocks keeps; if it recomputes them, with all of one block."
+    c = net.config
+    twin = SiT.from_config(c, depth=depth)
+    z = torch.zeros(batch, c.in_channels, c.input_size, c.input_size)
+    if checkpointing: twin.enable_gradient_checkpointing()
+    kept = _kept(twin, precision, z, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
+    if not checkpointing: return kept
+    x = torch.zeros(batch, (c.input_size//c.patch_size)**2, c.hidden_size, requires_grad=True)
+    return kept + _kept(twin.blocks[0], precision, x, torch.zeros(batch, c.hidden_size))
 
 # %% ../../nbs/tools/plan.ipynb #e9251ba2
 def _training_memory(net: SiT, config: TrainConfig, devices: int) -> dict:
