@@ -209,8 +209,8 @@ def test_table_is_aligned():
     title, header, *lines = plan.plan_table(plans).splitlines()
     assert title == 'SiT-Ti/1, 1,200 steps of 64, 2 arms, 1,438 images of 16 px through digits'
     ends = [header.index(m.name) + len(m.name) for m in machines]
-    rows = [line for line in lines if line.startswith('  ') or line.startswith('device hours')]
-    assert len(rows) == sum(len(x) + 1 for x in (plans[0].disk, plans[0].host, plans[0].device, plans[0].hours)) + 1
+    rows = [line for line in lines if line.startswith(('  ', 'device hours', 'share of'))]
+    assert len(rows) == sum(len(x) + 1 for x in (plans[0].disk, plans[0].host, plans[0].device, plans[0].hours)) + 2
     for line in rows:
         for end in ends: assert line[end - 1] != ' ' and line[end:end + 2].strip() == '', line
     latents = next(line for line in lines if line.startswith('  latents'))
@@ -231,4 +231,5 @@ def test_the_command_plans_and_touches_nothing(monkeypatch, tmp_path, capsys):
     second = capsys.readouterr().out
     assert '1,000 images of 256 px through vavae' in second and '2 scores an arm, 20 samples' in second
     assert not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit, match='give --plan as well'): cli.slfm_compare(['digits', '--count', '9'])
     with pytest.raises(SystemExit, match='neither a known tokenizer'): cli.slfm_compare(['digits', '--plan', '--tokenizer', 'nowhere'])

@@ -294,6 +294,7 @@ def slfm_compare(
     chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset))
     wanted = _arms(arms)
     if plan: return _print_plan(chosen, preset, count, wanted, out, not no_curve)
+    if count: raise ValueError('count belongs to a plan: give --plan as well, or leave it out')
     source = _images(images, chosen.image_size, **_chosen(_images, options))
     report = compare(chosen, wanted, out, source, seed, not no_curve)
     if report: _print_report(report, out)

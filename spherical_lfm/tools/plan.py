@@ -142,6 +142,7 @@ class Costs:
     shape: tuple     # (d, h, w) of its latent
     net: SiT         # on the meta device
 
+# %% ../../nbs/tools/plan.ipynb #a1b2a678
 def network_costs(
     preset: Preset,     # which networks
     classes: int = 1000 # of the SiT
@@ -281,10 +282,14 @@ def _duration(value: float) -> str:
     if value >= 1: return f'{value:,.1f} h'
     return f'{60*value:.1f} min' if value >= 1/60 else f'{3600*value:.1f} s'
 
-# %% ../../nbs/tools/plan.ipynb #0bd7ebe8
+# %% ../../nbs/tools/plan.ipynb #6d68ee46
+def _encoding(preset: Preset) -> Encoding:
+    "How `prepare_latents` stores latents."
+    return Encoding(preset.train.get('flip', True))
+
 def _latents(preset: Preset, costs: Costs, count: int, machine: Machine) -> tuple[float, float, float]:
     "Bytes of the latents on disk, in host memory and on every GPU."
-    encoding = Encoding(preset.train.get('flip', True))
+    encoding = _encoding(preset)
     size = float(count*(1 + encoding.flip)*math.prod(costs.shape)*DTYPES[encoding.dtype].itemsize)
     if size >= machine.host_memory/4: return size, 0., 0.
     if size < machine.memory/3: return size, 0., size
@@ -324,7 +329,7 @@ def _hours(
     scorings, precision = _scorings(preset, config, curve), preset.sampler.precision
     samples = arms*sum(n for n, _ in scorings)
     steps = arms*sum(n*evaluations(sampler) for n, sampler in scorings)
-    images = count*(1 + Encoding(preset.train.get('flip', True)).flip)
+    images = count*(1 + _encoding(preset).flip)
     passes = 4 if config.checkpointing else 3
     alone = replace(machine, devices=1) # features of real images are the main process's
     return {
@@ -359,8 +364,7 @@ def plan_comparison(
 # %% ../../nbs/tools/plan.ipynb #0467a720
 def _notes(preset: Preset, config: TrainConfig, costs: Costs, count: int, curve: bool) -> dict:
     "What the rows of a plan mean, by section and name."
-    encoding = Encoding(preset.train.get('flip', True))
-    d, h, w = costs.shape
+    encoding, (d, h, w) = _encoding(preset), costs.shape
     scorings = _scorings(preset, config, curve)
     shards, mirrored = -(-count//encoding.shard_size), ', also mirrored' if encoding.flip else ''
     return {
@@ -388,13 +392,16 @@ def plan_table(
     "Plans side by side, with sums, and below them what does not fit."
     sections = [('disk', 'disk', _size), ('host', 'host memory', _size), ('device', 'memory of a device', _size),
                 ('hours', 'time', _duration)]
-    rows = [('', *(p.machine.name for p in plans), '')]
+    machines = [p.machine for p in plans]
+    rows = [('', *(m.name for m in machines), '')]
     for field, heading, form in sections:
         parts = [getattr(p, field) for p in plans]
         rows.append((heading, *['']*len(plans), ''))
         rows += [(f'  {k}', *(form(x[k]) for x in parts), plans[0].notes.get(f'{field} {k}', '')) for k in parts[0]]
         rows.append(('  together', *(form(sum(x.values())) for x in parts), ''))
     rows.append(('device hours', *(_duration(p.device_hours) for p in plans), ''))
+    rows.append(('share of the peak', *(f'{m.training_mfu:.0%}, {m.other_mfu:.0%}' for m in machines),
+                 'assumed: in training, elsewhere'))
     first = max(len(row[0]) for row in rows)
     widths = [max(len(row[k]) for row in rows) for k in range(1, len(plans) + 1)]
     lines = [f'{row[0]:<{first}}' + ''.join(f'  {x:>{w}}' for x, w in zip(row[1:], widths)) + f'  {row[-1]}'
