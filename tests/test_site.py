@@ -21,7 +21,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 
 STORY = ('concentration', 'sphere', 'paths', 'tokenizers', 'probes', 'decoder', 'sit', 'training', 'sampling', 'solvers',
          'fidelity', 'experiments')
 ENGINE = ('checks', 'processes', 'files', 'runs', 'images', 'latents', 'weights', 'features', 'plots', 'report')
-TOOLS = ('cli', 'studies', 'pipeline', 'bench')
+TOOLS = ('cli', 'studies', 'pipeline', 'bench', 'plan')
 MODULES = (*STORY, *(f'engine.{m}' for m in ENGINE), *(f'tools.{m}' for m in TOOLS))
 
 

@@ -56,6 +56,7 @@ from spherical_lfm.tools.bench import (
     _flat, bench_fidelity, bench_loader, bench_paths, bench_sample, bench_tokenizer, bench_train,
 )
 from .pipeline import SphericalSiTPipeline
+from .plan import H100, known_data, plan_comparison, plan_table, this_machine
 from spherical_lfm.tools.studies import (
     Analysis, Probing, analyze_study, check_finetune, finetune_study, paper_geometry, probe_lines, probe_study,
     starting_tokenizer,
@@ -313,6 +314,14 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
     except ValueError as e:
         raise ValueError(f'{name} must be numbers separated by commas, got {text!r}: give them as 1,1.5') from e
 
+# %% ../../nbs/tools/cli.ipynb #495f777b
+def _print_plan(preset: Preset, name: str, count: int, arms: tuple, out: str, curve: bool):
+    "What a comparison needs on this machine and on eight H100."
+    if not processes().is_main_process: return
+    images, classes = known_data(name)
+    machines = this_machine(out), H100
+    print(plan_table([plan_comparison(preset, count or images, arms, m, curve, classes) for m in machines]))
+
 # %% ../../nbs/tools/cli.ipynb #b4abe6d0
 @command
 @options_from(_Changes, _images, TrainConfig, leave_out=('betas', 'arm'), unset=True, helps=_COMPARE_HELP)
@@ -325,14 +334,20 @@ def slfm_compare(
     out: str = 'runs/compare',                     # output folder; what is finished there is reused
     no_curve: bool = False,                        # score the last checkpoint only
     seed: int = 0,                                 # of training and sampling
+    plan: bool = False,                            # print disk, memory and hours, here and on 8 x H100, and end
+    count: int = 0,                                # images of the plan; left out, those of the preset's data set
     **options                                      # in place of what the preset has, and where the images are
 ):
     """The matched comparison: train, sample and score each arm under one protocol.
 
-    Writes preset.yaml, report.json, table.csv and report.html; also under `accelerate launch`.
+    Writes preset.yaml, report.json, table.csv and report.html; also under `accelerate launch`. A plan opens neither images
+    nor weights, and writes nothing.
     """
     chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset), _chosen(TrainConfig, options))
-    wanted, source = _arms(arms), _images(images, chosen.image_size, **_chosen(_images, options))
+    wanted = _arms(arms)
+    if plan: return _print_plan(chosen, preset, count, wanted, out, not no_curve)
+    if count: raise ValueError('count belongs to a plan: give --plan as well, or leave it out')
+    source = _images(images, chosen.image_size, **_chosen(_images, options))
     report = compare(chosen, wanted, out, source, seed, not no_curve)
     if report: _print_report(report, out)
 
