@@ -30,6 +30,7 @@ from ..engine.files import read_json
 from ..engine.latents import DTYPES, Encoding
 from ..engine.weights import VAVAE_CONFIG, AutoencoderTAEF2, _autoencoder_class, format_of
 from ..experiments import Preset
+from ..fidelity import SHARD, SUBSET
 from ..sampling import Sampler, solver
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer, _emitted, _read_record, digits_autoencoder
@@ -285,38 +286,42 @@ def _duration(value: float) -> str:
 # %% ../../nbs/tools/plan.ipynb #6d68ee46
 def _encoding(preset: Preset) -> Encoding:
     "How `prepare_latents` stores latents."
-    return Encoding(preset.train.get('flip', True))
+    return Encoding(preset.train.get('flip', True), preset.dtype)
 
-def _latents(preset: Preset, costs: Costs, count: int, machine: Machine) -> tuple[float, float, float]:
+def _latents(
+    preset: Preset, config: TrainConfig, costs: Costs, count: int, machine: Machine
+) -> tuple[float, float, float]:
     "Bytes of the latents on disk, in host memory and on every GPU."
     encoding = _encoding(preset)
     size = float(count*(1 + encoding.flip)*math.prod(costs.shape)*DTYPES[encoding.dtype].itemsize)
-    if size >= machine.host_memory/4: return size, 0., 0.
-    if size < machine.memory/3: return size, 0., size
-    return size, size*machine.devices, 0.
+    if config.resident == 'host': return size, size*machine.devices, 0.
+    moved = config.resident == 'gpu' or config.resident == 'auto' and size < machine.memory/3
+    return size, 0., size*(moved and machine.memory > 0)
 
 # %% ../../nbs/tools/plan.ipynb #a8d34712
 def _bytes(
     preset: Preset, config: TrainConfig, costs: Costs, count: int, arms: int, machine: Machine
 ) -> tuple[dict, dict, dict]: # on disk, in host memory, on every device
     "What has to be kept, and where."
-    latents, on_host, on_device = _latents(preset, costs, count, machine)
+    latents, on_host, on_device = _latents(preset, config, costs, count, machine)
     written, kept = _checkpoints(config)
     checkpoint = 16.*sum(p.numel() for p in costs.net.parameters())
-    real = preset.reference_count or count
-    doubles = 16.*real*costs.features[0] # while a covariance is computed
-    reference, drawn = (4.*n*sum(costs.features) for n in (real, max(preset.samples, preset.curve_samples)))
+    real = 0 if preset.reference else preset.reference_count or count
+    f, _, *s = costs.features
+    moments = 8.*sum(k*k for k in (f, *s))
+    chosen = 4.*min(real, SUBSET)*f
+    drawn = 4.*max(preset.samples, preset.curve_samples)*sum(costs.features)
     disk = {
         'latents': latents,
         'checkpoints': arms*kept*checkpoint + (checkpoint if kept < written else 0.),
-        'features of real images': reference,
+        'moments of real images': (-(-real//SHARD) + 1)*moments + 2*chosen if real else 0.,
         'features of samples': drawn,
         'pictures': 3.*40*(arms + 1)*preset.image_size**2 + 1e6,
     }
     host = {
         'latents': on_host,
-        'features of real images': machine.devices*(reference + doubles),
-        'features of samples': machine.devices*drawn,
+        'moments of real images': machine.devices*(3*moments + 4*SHARD*sum((f, *s)) + chosen),
+        'features of samples': 2*drawn,
         'a checkpoint to be written': checkpoint,
     }
     return disk, host, _training_memory(costs.net, config, machine.devices) | {'latents': on_device}
@@ -331,10 +336,10 @@ def _hours(
     steps = arms*sum(n*evaluations(sampler) for n, sampler in scorings)
     images = count*(1 + _encoding(preset).flip)
     passes = 4 if config.checkpointing else 3
-    alone = replace(machine, devices=1) # features of real images are the main process's
+    real = 0 if preset.reference else preset.reference_count or count
     return {
         'encoding': machine.hours(images*costs.encode, precision),
-        'features of real images': alone.hours((preset.reference_count or count)*costs.extract, 'float32'),
+        'features of real images': machine.hours(real*costs.extract, 'float32'),
         'training': machine.hours(arms*passes*costs.velocity*config.batch_size*config.steps, config.precision, True),
         'sampling': machine.hours(steps*costs.velocity, precision),
         'decoding': machine.hours(samples*costs.decode, precision),
@@ -354,7 +359,8 @@ def plan_comparison(
 
     Raises what `network_costs` raises, and `ValueError` for an adaptive sampler.
     """
-    config, costs = TrainConfig(**preset.train), network_costs(preset, classes)
+    costs = network_costs(preset, classes)
+    config = TrainConfig(**({'keep': 0} if curve else {}) | preset.train) # a curve needs them all
     disk, host, device = _bytes(preset, config, costs, count, len(arms), machine)
     hours = _hours(preset, config, costs, count, len(arms), machine, curve)
     title = (f'{config.model}, {config.steps:,} steps of {config.batch_size}, {len(arms)} arms, '
@@ -370,10 +376,11 @@ def _notes(preset: Preset, config: TrainConfig, costs: Costs, count: int, curve:
     return {
         'disk latents': f'{shards} shard{"s"*(shards > 1)}, {d} x {h} x {w} {encoding.dtype}{mirrored}',
         'disk checkpoints': f'{_checkpoints(config)[1]} an arm, 16 bytes a parameter',
-        'host latents': 'a copy in every process if under a quarter of memory, else mapped',
-        'host features of real images': 'in every process, with float64 copies',
+        'disk moments of real images': 'a part per shard while they are measured',
+        'host latents': 'mapped from their files' if config.resident != 'host' else 'a copy in every process',
+        'host moments of real images': 'in every process, whatever the number of images',
+        'host features of samples': 'on the main process, with copies',
         'device activations': f'{config.precision}, without torch.compile, which saves less',
-        'hours features of real images': 'on one device',
         'hours sampling': f'{len(scorings)} scores an arm, {sum(n for n, _ in scorings):,} samples',
     }
 
