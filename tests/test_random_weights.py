@@ -91,14 +91,14 @@ def test_lpips_is_the_published_formula_on_the_weights_of_torchs_cache(cached, n
 
 
 def test_a_decoder_is_finetuned_with_lpips(cached, tmp_path):
-    "The perceptual loss of a step is LPIPS with VGG, and the decoder has a gradient from it alone."
+    "The perceptual part of the loss of a step is LPIPS with VGG."
     config = FinetuneConfig(steps=1, batch_size=2, perceptual='lpips', log_every=1, flip=False)
-    trainer = DecoderTrainer(load_tokenizer('digits'), digits_images('train')[0][:2], config, tmp_path)
-    x = digits_images('train')[0][:2]
+    trainer = DecoderTrainer(load_tokenizer('digits'), digits_images('train')[0][:20], config, tmp_path)
+    x = trainer.feed(0)
     recon = trainer.tokenizer.decode(trainer.tokenizer.encode(x))
     want = lpips_by_hand('vgg', cached/'torch'/'hub'/'checkpoints', recon.detach(), x).mean()
     trainer.fit(progress=False)
-    assert trainer.log()[0]['perceptual'] == pytest.approx(want.item(), rel=1e-2) and want > 1e-3
+    assert trainer.log()[0]['perceptual'] == pytest.approx(want.item(), rel=1e-3) and want > 1e-5
 
 
 def test_dinov2_of_the_hub_is_resampled_to_224_pixels(cached):
