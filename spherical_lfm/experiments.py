@@ -360,7 +360,8 @@ def _score_checkpoints(
     y = class_mixture(labels, preset.curve_samples)
     for folder in told_by_main(checkpoints(out)):
         step = int(folder.name.removeprefix('step-'))
-        if step > config.steps or str(step) in kept['curve']: continue
+        due = step % config.checkpoint_every == 0 or step == config.steps # not where a signal happened to come
+        if not due or step > config.steps or str(step) in kept['curve']: continue
         if step == config.steps and preset.samples == preset.curve_samples:
             found = kept['final'][str(guidance)]
         else:

@@ -183,6 +183,23 @@ def test_flux2_statistics_come_from_the_model(tmp_path):
     torch.testing.assert_close(tokenizer.transform.inverse(tokenizer.transform(raw)), raw, atol=1e-5, rtol=0)
 
 
+def test_latents_of_an_encoder_with_attention_are_stored(tmp_path):
+    "Attention leaves several images with their channels last in memory, a layout that safetensors refuses."
+    from diffusers import AutoencoderKLFlux2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKLFlux2(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2,
+                           layers_per_block=1, norm_num_groups=4, latent_channels=8).save_pretrained(tmp_path/'flux2')
+    tokenizer, source = load_tokenizer(tmp_path/'flux2'), ImageSource('digits')
+    images = torch.stack([x for x, _ in source.stream(limit=5)])
+    want = tokenizer.encode(images)
+    assert not want.is_contiguous(), 'otherwise this shows nothing'
+    encode_latents(tokenizer, source, tmp_path/'cache', Encoding(), torch.arange(5), progress=False)
+    kept = LatentDataset(tmp_path/'cache', verify=True).z
+    torch.testing.assert_close(kept['z'], want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(kept['z_flip'], tokenizer.encode(images.flip(-1)), atol=1e-4, rtol=0)
+
+
 def test_evaluate_agrees_with_features_and_its_record_tells_protocols_apart():
     train, _ = digits_images('train')
     test, _ = digits_images('test')

@@ -134,6 +134,18 @@ def test_an_arm_is_scored_at_every_guidance_and_checkpoint(place, monkeypatch, t
     assert row['loss_over_power'] == log[-1]['loss_over_power'] != row['final_loss']
 
 
+def test_the_curve_does_not_depend_on_where_a_run_was_interrupted(place, monkeypatch, tmp_path):
+    "A signal leaves a checkpoint where it comes; drawing thousands of samples from it would answer no question."
+    Recorder(monkeypatch, ex, 'score', lambda given: {'fd': given['run'].record['step'], 'protocol': {}})
+    monkeypatch.setattr(ex, '_overview', lambda *_: None)
+    preset = replace(TINY, train=TINY.train | dict(steps=5, checkpoint_every=2), guidances=(1.,))
+    config = TrainConfig(arm='vanilla-linear', **preset.train)
+    Trainer(config, LatentDataset(place.root/'latents'), tmp_path/'run').fit(until=3, progress=False)
+    row = ex.run_arm(preset, 'vanilla-linear', place.root/'latents', place.reference, tmp_path/'run', progress=False)
+    assert [f.name for f in ex.checkpoints(tmp_path/'run')] == [f'step-0000000{n}' for n in (2, 3, 4, 5)]
+    assert [p['step'] for p in row['curve']] == [2, 4, 5]
+
+
 def test_compare_runs_every_arm_under_one_protocol(place, monkeypatch, tmp_path):
     curve = [{'step': 1, 'fid': 9., 'fd': 9.}]
 

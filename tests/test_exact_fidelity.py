@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from exact import noise
 from scipy import linalg, stats
+from torch_fidelity import calculate_metrics, register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as fidelity_registry
 
 from spherical_lfm import fidelity
 from spherical_lfm.engine import features as features_module
@@ -118,6 +121,52 @@ def test_precision_and_recall_by_hand():
     assert found['precision'] == pytest.approx(covered(x, y), abs=.02)
     assert found['recall'] == pytest.approx(covered(y, x), abs=.02)
     assert abs(found['precision'] - found['recall']) > .05, 'they differ here'
+
+
+class Projections(FeatureExtractorBase):
+    "Fixed random projections of images of 8 x 8 pixels: twelve features and ten logits."
+    def __init__(self, name, features_list, **_): super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list(): return 'features', 'logits'
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric): return 'logits' if metric == 'isc' else 'features'
+
+    @staticmethod
+    def can_be_compiled(): return False
+
+    def forward(self, images):
+        x = images.flatten(1)/127.5 - 1
+        known = {'features': x @ noise(192, 12, scale=.1), 'logits': x @ noise(192, 10, seed=1, scale=.3)}
+        return tuple(known[k] for k in self.features_list)
+
+
+class Images(torch.utils.data.Dataset):
+    "Images in memory, as torch-fidelity takes them."
+    def __init__(self, images): self.images = images_module.to_uint8(images)
+
+    def __len__(self): return len(self.images)
+
+    def __getitem__(self, n): return self.images[n]
+
+
+def test_scores_are_those_of_torch_fidelitys_own_entry_point(monkeypatch):
+    "With as many samples as real images and with fewer, so that subsets of KID are drawn from one of them."
+    if 'projections' not in fidelity_registry: register_feature_extractor('projections', Projections)
+    monkeypatch.setitem(features_module.EXTRACTORS, 'projections',
+                        features_module.Extractor('projections', 'features', 'logits', None, 'none', 12, 8))
+    real = noise(150, 3, 8, 8, scale=.4)
+    for count in (150, 120):
+        made = noise(count, 3, 8, 8, seed=2, scale=.6) + .05
+        found = fidelity.evaluate(made, real, 'projections', batch_size=37)
+        want = calculate_metrics(
+            input1=Images(made), input2=Images(real), feature_extractor='projections', cuda=False, fid=True, kid=True,
+            isc=True, prc=True, kid_subset_size=count, save_cpu_ram=True, cache=False, verbose=False)
+        for ours, theirs in (('fd', 'frechet_inception_distance'), ('kid', 'kernel_inception_distance_mean'),
+                             ('is', 'inception_score_mean'), ('precision', 'precision'), ('recall', 'recall')):
+            assert found[ours] == pytest.approx(want[theirs], rel=1e-4, abs=1e-9), (count, ours)
+        assert 0 < found['precision'] < found['recall'] < 1, 'they differ here, and say something'
 
 
 def test_the_interval_of_the_distance_is_95_percent_of_a_normal():

@@ -83,7 +83,9 @@ def _encode(
                 held.append({'z': tokenizer.encode(x).to(dtype).cpu(), 'y': torch.tensor(labels)})
                 if encoding.flip:
                     held[-1]['z_flip'] = tokenizer.encode(x.flip(-1)).to(dtype).cpu()
-    return {k: torch.cat([h[k] for h in held]) for k in held[0]} if held else {}
+    if not held: return {}
+    # safetensors takes no other layout, and attention in an encoder leaves channels last
+    return {k: torch.cat([h[k] for h in held]).contiguous() for k in held[0]}
 
 # %% ../../nbs/engine/latents.ipynb #56aaa9bf
 def _encode_shard(job: ShardedJob, k: int, tokenizer: Any, rows: Iterator, skipped: Callable, encoding: Encoding):
