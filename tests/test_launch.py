@@ -188,17 +188,25 @@ def _finetunes(out: Path, env: dict):
     DecoderTrainer(load_tokenizer('digits'), digits_images('train')[0], FinetuneConfig(steps=3, batch_size=4, perceptual='none', lr=1e-3), out).fit(progress=False)
 
 
-def test_settings_for_accelerate_change_no_run(latents, tmp_path):
-    for name, env in (('plain', {}), ('foreign', FOREIGN)):
-        result = call('slfm_train', latents, tmp_path/name, '--steps', 3, *SMALL, **env)
-        assert result.returncode == 0, result.stderr
-        process = SERVER.Process(target=_finetunes, args=(tmp_path/f'{name}-decoder', env))
-        process.start()
-        process.join(100)
-        assert process.exitcode == 0
-    assert same_weights(tmp_path/'plain', tmp_path/'foreign')
-    a, b = (load_file(checkpoints(tmp_path/f'{name}-decoder')[0]/'decoder.safetensors') for name in ('plain', 'foreign'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def _trained(latents: Path, out: Path, **env) -> list[dict]:
+    "Weights of a network and of a decoder after three steps in such an environment."
+    result = call('slfm_train', latents, out/'run', '--steps', 3, *SMALL, **env)
+    assert result.returncode == 0, result.stderr
+    process = SERVER.Process(target=_finetunes, args=(out/'decoder', env))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
+    return [load_run(out/'run')[0].state_dict(), load_file(checkpoints(out/'decoder')[0]/'decoder.safetensors')]
+
+
+@pytest.fixture(scope='module')
+def trained(latents, tmp_path_factory): return _trained(latents, tmp_path_factory.mktemp('plain'))
+
+
+@pytest.mark.parametrize('names', [['ACCELERATE_MIXED_PRECISION'], ['ACCELERATE_GRADIENT_ACCUMULATION_STEPS'], list(FOREIGN)])
+def test_settings_for_accelerate_change_no_run(latents, trained, tmp_path, names):
+    for a, b in zip(trained, _trained(latents, tmp_path, **{k: FOREIGN[k] for k in names})):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # Launchers.
