@@ -306,7 +306,7 @@ def _bytes(
     latents, on_host, on_device = _latents(preset, config, costs, count, machine)
     written, kept = _checkpoints(config)
     checkpoint = 16.*sum(p.numel() for p in costs.net.parameters())
-    real = 0 if preset.reference else preset.reference_count or count
+    real = 0 if preset.reference else min(preset.reference_count or count, count)
     f, _, *s = costs.features
     moments = 8.*sum(k*k for k in (f, *s))
     chosen = 4.*min(real, SUBSET)*f
@@ -336,7 +336,7 @@ def _hours(
     steps = arms*sum(n*evaluations(sampler) for n, sampler in scorings)
     images = count*(1 + _encoding(preset).flip)
     passes = 4 if config.checkpointing else 3
-    real = 0 if preset.reference else preset.reference_count or count
+    real = 0 if preset.reference else min(preset.reference_count or count, count)
     return {
         'encoding': machine.hours(images*costs.encode, precision),
         'features of real images': machine.hours(real*costs.extract, 'float32'),
