@@ -406,7 +406,8 @@ def run_arm(
     The row has 'loss_over_power', 'steps', 'seconds' and 'protocol' as well. Raises `InterruptedError` if training is
     stopped by a signal.
     """
-    config = TrainConfig(arm=arm, seed=seed, **({'keep': 0} if curve else {}) | preset.train) # a curve needs them all
+    keep = {'keep': 0} if curve else {}
+    config = TrainConfig(arm=arm, seed=seed, **keep | preset.train)
     trainer = Trainer(config, LatentDataset(latents, project=arm_path(arm).projection), out)
     result = trainer.fit(progress=progress)
     if result['stopped']:

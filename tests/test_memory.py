@@ -56,7 +56,7 @@ def losses(run): return [json.loads(line)['loss'] for line in (Path(run)/'log.js
 
 def anonymous() -> int:
     "Bytes of this process that belong to no file."
-    row = next(line for line in Path('/proc/self/smaps_rollup').read_text().splitlines() if line.startswith('Anonymous:'))
+    row = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('RssAnon:'))
     return int(row.split()[1])*1024
 
 
@@ -87,7 +87,7 @@ def _go_through(folder: Path, out: Path):
     out.write_text(json.dumps({'bytes': data.bytes, 'most': max(seen), 'same': same, 'mapped': data.z is None}))
 
 
-@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='tells anonymous memory from mapped files on Linux only')
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='tells anonymous memory from mapped files on Linux only')
 def test_a_cache_is_opened_and_read_without_a_copy(tmp_path):
     (tmp_path/'z').mkdir()
     _random_latents(tmp_path/'z', 16_384, 16)
