@@ -11,7 +11,6 @@ import ctypes
 import functools
 import math
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Iterator
@@ -141,11 +140,9 @@ def told_by_main(
 
 # %% ../../nbs/engine/processes.ipynb #c9241f7c
 def _portable(error: Exception | None) -> Exception | None:
-    "An error as another process can have it."
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f'{type(error).__name__}: {error}')
+    "An error as another process can have it: of a kind that can be sent whatever it holds, with the same sentence."
+    if error is None or type(error).__module__ in ('builtins', 'torch'): return error
+    return RuntimeError(f'{type(error).__name__}: {error}')
 
 @contextmanager
 def fail_together() -> Iterator[None]:
