@@ -27,8 +27,8 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-
 from .processes import told_by_main
+
 from .files import atomic_write, claim, locked, read_json, remove_listed, write_json
 
 # %% ../../nbs/engine/runs.ipynb #89cb1698
