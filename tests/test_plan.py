@@ -100,6 +100,11 @@ def test_hours_of_scores():
         found = plan.plan_comparison(preset, COUNT, ('a', 'b'), CPU, curve, 10).hours
         for row, each in (('sampling', evaluated*costs.velocity), ('decoding', drawn*costs.decode), ('features of samples', drawn*costs.extract)):
             assert found[row] == pytest.approx(2*each/(.3*1e9)/3600), row
+    mirrored = replace(base, train=base.train | {'flip': True}, reference_count=50)
+    one, eight = (plan.plan_comparison(mirrored, COUNT, ('a', 'b'), replace(CPU, devices=n), classes=10).hours for n in (1, 8))
+    assert one['encoding'] == pytest.approx(2*COUNT*costs.encode/(.3*1e9)/3600)
+    assert one['features of real images'] == eight['features of real images'] == pytest.approx(50*costs.extract/(.3*1e9)/3600)
+    for row in ('encoding', 'training', 'sampling', 'decoding', 'features of samples'): assert eight[row] == pytest.approx(one[row]/8), row
 
 
 def test_operations_of_the_tokenizer_and_the_extractor():
@@ -137,7 +142,7 @@ def test_memory_of_activations(precision, per_number):
     batch, width, tokens, depth = 32, 96, 64, 2
     def make(**changes): return SiT(**dict(input_size=8, patch_size=1, in_channels=16, hidden_size=width, depth=depth, num_heads=4, num_classes=10) | changes)
     net = make()
-    close(plan.activation_bytes(net, batch, precision), saved(net, batch, precision))
+    for n in (1, batch): close(plan.activation_bytes(net, n, precision), saved(net, n, precision)) # of one sample weights would be most of it
     close(plan.activation_bytes(make(depth=12), batch, precision), 12*batch*tokens*width*per_number)
     close(plan.activation_bytes(make(depth=5), batch, precision), saved(make(depth=5), batch, precision))
     block = saved(make(depth=2), batch, precision) - saved(make(depth=1), batch, precision)
@@ -213,6 +218,8 @@ def test_a_plan_of_the_paper():
 def test_what_does_not_fit_is_said():
     small = replace(CPU, name='a toy', disk=1e3, host_memory=1e6)
     assert [x.split(':')[0] for x in plan.plan_comparison(digits(), COUNT, machine=small, classes=10).obstacles] == ['disk', 'host memory']
+    tight = plan.plan_comparison(digits(), COUNT, machine=replace(CPU, host_memory=5e7), classes=10) # training takes place in it
+    assert sum(tight.host.values()) < 5e7 < sum(tight.device.values()) and [x.split(':')[0] for x in tight.obstacles] == ['host memory']
     toy = plan.plan_comparison(digits(), COUNT, machine=replace(CPU, memory=1e6), classes=10)
     assert [x.split(':')[0] for x in toy.obstacles] == ['GPU memory'] and toy.obstacles[0].endswith('of 1.0 MB')
 
