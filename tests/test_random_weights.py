@@ -140,4 +140,5 @@ def test_an_evaluation_with_inception_is_torch_fidelitys(cached, tmp_path):
     for name, theirs in (('fid', 'frechet_inception_distance'), ('kid', 'kernel_inception_distance_mean'),
                          ('is', 'inception_score_mean'), ('precision', 'precision'), ('recall', 'recall')):
         assert found[name] == pytest.approx(want[theirs], rel=1e-3, abs=1e-6), name
+    assert found['is'] - 1 == pytest.approx(want['inception_score_mean'] - 1, rel=.01), 'not only nearly one'
     assert found['fid'] > 0 and found['sfid'] > 0 and found['protocol']['layer'] == '2048'
