@@ -30,10 +30,9 @@ from .engine.files import atomic_write, claim, digest_of, file_digest, read_json
 from .engine.images import ImageSource, apart_from, save_grid, show_images
 from .engine.latents import Encoding, LatentDataset, encode_latents
 from .engine.plots import plot_distance_curves, plot_norms, plot_path_norms, plot_radial_share, plot_swaps
-from .engine.processes import default_device, processes, told_by_main
+from .engine.processes import default_device, on_main, processes, told_by_main
 from .engine.report import environment
 from .engine.runs import checkpoints
-from .engine.shards import on_main
 from .concentration import norm_stats, path_norms
 from spherical_lfm.fidelity import (
     METRICS, Pieces, generate, load_reference, measure_reference, protocol_of, remove_features, score_features,

@@ -31,8 +31,8 @@ from .engine.checks import check_range
 from .engine.features import _extractor, all_parts, distance_key, extract_features, feature_function
 from .engine.files import MANIFEST, atomic_write, claim, claim_file, locked, read_manifest, remove_listed
 from .engine.images import ImageSource, open_image, open_source, to_uint8
-from .engine.processes import processes
-from .engine.shards import ShardedJob, image_chunks, on_main
+from .engine.processes import on_main, processes
+from .engine.shards import ShardedJob, image_chunks
 from .sampling import LoadedRun, Sampler, initial_noise, latent_shape, sample
 from .tokenizers import Tokenizer
 

@@ -169,8 +169,8 @@ class _Two:
 
 def test_what_is_kept_is_what_the_main_process_says(monkeypatch, tmp_path):
     "A file that this process sees and the main one does not, on a slow network drive, is not used."
-    from spherical_lfm.engine import shards
+    from spherical_lfm.engine import processes
     (tmp_path/'evaluation.json').write_text('{"preset": {}, "final": {"1.0": 3}, "curve": {}}')
-    monkeypatch.setattr(shards, 'processes', _Two)
-    monkeypatch.setattr(shards, 'told_by_main', lambda _: ({}, None))
+    monkeypatch.setattr(processes, 'processes', _Two)
+    monkeypatch.setattr(processes, 'told_by_main', lambda _: {})
     assert ex._kept_scores(Path(tmp_path), {})['final'] == {}

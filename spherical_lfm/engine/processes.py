@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'RunningMoments', 'processes', 'new_accelerator', 'gathered', 'merge_over_processes', 'told_by_main',
-           'fail_together', 'peers_alive']
+           'fail_together', 'on_main', 'peers_alive']
 
 # %% ../../nbs/engine/processes.ipynb #a19c9b1b
 import ctypes
@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -158,6 +158,16 @@ def fail_together() -> Iterator[None]:
     failures = [e for e in gathered(_portable(own)) if e is not None]
     if own is not None: raise own
     if failures: raise failures[0]
+
+# %% ../../nbs/engine/processes.ipynb #7f812255
+def on_main(
+    work: Callable[[], Any] # done on the main process, without a collective operation
+) -> Any: # what it returns, on every process
+    "Do something once and tell all. Raises on every process what it raises."
+    found = None
+    with fail_together():
+        if processes().is_main_process: found = work()
+    return told_by_main(found)
 
 # %% ../../nbs/engine/processes.ipynb #001c39eb
 @contextmanager

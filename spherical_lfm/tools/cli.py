@@ -37,10 +37,9 @@ from spherical_lfm.engine.files import (
 )
 from ..engine.images import ImageSource, readable, save_grid, to_uint8
 from ..engine.latents import Encoding, LatentDataset, encode_latents
-from ..engine.processes import default_device, processes, told_by_main
+from ..engine.processes import default_device, on_main, processes, told_by_main
 from ..engine.report import environment
 from ..engine.runs import dtype_of, newest_checkpoint
-from ..engine.shards import on_main
 from ..decoder import FinetuneConfig
 from ..experiments import Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
