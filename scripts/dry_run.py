@@ -46,9 +46,9 @@ ARMS = ('vanilla-linear', 'spherical-slerp')
 STOPS = {'encode': 'latents', 'train': 'checkpoints', 'sample': 'features'}
 #: Phases of a comparison and the calls they consist of; of nested ones the outer counts.
 PHASES = (
-    ('encode', experiments, 'prepare_latents'), ('reference', experiments, 'reference_features'),
-    ('train', Trainer, 'fit'), ('curve', experiments, '_score_checkpoints'), ('sample', experiments, '_generate_once'),
-    ('score', experiments, 'score_features'), ('report', experiments, '_write_report'),
+    ('encode', experiments, 'prepare_latents'), ('reference', experiments, 'prepare_reference'),
+    ('train', Trainer, 'fit'), ('curve', experiments, '_score_checkpoints'), ('sample', experiments, 'generate'),
+    ('score', experiments, '_metrics'), ('report', experiments, '_write_report'),
 )
 #: How far the two may be apart: rounding of another number of processes, threads and images at a time.
 LIMITS = {
@@ -180,7 +180,7 @@ def kill_after(where, name: str):
 def stop_at(phase: str, args):
     "Arrange for an interruption: in the last process, or for SIGTERM as a scheduler sends it, to the launcher."
     main, last = processes().is_main_process, processes().process_index == processes().num_processes - 1
-    if phase == 'encode' and last: kill_after(latents, '_write_shard')
+    if phase == 'encode' and last: kill_after(latents, '_encode_shard')
     if phase == 'sample' and last: kill_after(fidelity, '_make_shard')
     if phase != 'train' or not main: return
     step = Trainer.train_step
@@ -210,7 +210,7 @@ def start(args, run: Path, name: str, count: int, env: dict) -> int:
     launcher = [Path(sys.executable).parent/'torchrun', '--standalone', '--nproc_per_node', count]
     work = [__file__, *sys.argv[1:], '--into', run, '--cut_off', name]
     command = [*(launcher if count > 1 else [sys.executable]), *work]
-    env = env | {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1)//count))}
+    env = env | {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1)//args.processes))} # the same for one process
     began = time.perf_counter()
     with open(run/f'{name}.log', 'w') as log:
         code = subprocess.run([*map(str, command)], env=env, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -224,7 +224,7 @@ def remains(made: Path) -> dict:
     return {
         'latents': {f.name: f.stat().st_mtime_ns for f in made.glob('latents/*.safetensors')},
         'checkpoints': [str(f.relative_to(made)) for arm in ARMS for f in checkpoints(made/arm)],
-        'features': len([*made.glob('*/features/*/features-*')]),
+        'features': len([*made.glob('*/features/*/features-*.safetensors')]),
     }
 
 
@@ -274,7 +274,7 @@ def logged(run: Path) -> dict:
 
 def difference(args, a: Path, b: Path) -> dict:
     "How far two comparisons are apart, in what `LIMITS` lists."
-    x, y = (latents.LatentDataset(run/'latents') for run in (a, b))
+    x, y = (latents.LatentDataset(run/'latents', resident=True) for run in (a, b))
     first, second = (json.loads((run/'report.json').read_text())['arms'] for run in (a, b))
     found = dict.fromkeys(LIMITS, 0.)
     found['latents'] = max((x.z[k] - y.z[k]).abs().max().item() for k in y.z) if torch.equal(x.y, y.y) else torch.inf
