@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import diffusers
 import torch
@@ -148,7 +148,8 @@ class SphericalSiTPipeline(DiffusionPipeline):
         transformer: SiT,             # velocity model
         scheduler: FlowScheduler,     # the path
         vae: nn.Module,               # a diffusers autoencoder
-        transform: dict | None = None # settings of the `LatentTransform`; None means the identity
+        # diffusers 0.35 cannot read `dict | None`
+        transform: Optional[dict] = None # settings of the `LatentTransform`; None is the identity # noqa: UP045
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
