@@ -305,7 +305,7 @@ def score(
     with _autocast(sampler.precision):
         found = generate(waiting, run, tokenizer, labels, preset.extractor, sampler, pieces=Pieces(progress=progress))
     figures = on_main(lambda: _metrics(found, reference, preset))
-    if processes().is_main_process: remove_features(waiting) # a gigabyte for 50,000 samples
+    on_main(lambda: remove_features(waiting)) # a gigabyte for 50,000 samples
     protocol = protocol_of(preset.extractor, len(labels), reference['name'], reference)
     return figures | {'protocol': protocol | _sampler_protocol(run, sampler, decoder, tokenizer)}
 
@@ -326,15 +326,15 @@ def _evaluation_plan(preset: Preset, trainer: Trainer, reference: dict) -> dict:
 
 # %% ../nbs/12_experiments.ipynb #b96ad5e0
 def _kept_scores(out: Path, plan: dict) -> dict:
-    "The scores kept beside a run if they belong to this plan, or else an empty record of it; as the main process has it."
+    "The scores that the main process finds beside a run, if they belong to this plan; or an empty record of it."
     store = out/'evaluation.json'
     kept = on_main(lambda: read_json(store, 'evaluation of a run', 'remove it') if store.exists() else {})
     return kept if kept.get('preset') == plan else {'preset': plan, 'curve': {}, 'final': {}}
 
 # %% ../nbs/12_experiments.ipynb #0a928066
 def _keep_scores(out: Path, kept: dict):
-    "Store the scores, on the main process."
-    if processes().is_main_process: write_json(out/'evaluation.json', kept)
+    "Store the scores."
+    on_main(lambda: write_json(out/'evaluation.json', kept))
 
 # %% ../nbs/12_experiments.ipynb #dfdb075d
 def _score_guidances(
@@ -418,8 +418,8 @@ def run_arm(
     anew = not kept['final']
     _score_guidances(kept, out, preset, config, reference, labels, progress)
     if curve: _score_checkpoints(kept, out, preset, config, reference, labels, progress)
-    if processes().is_main_process and (anew or not (out/'samples.png').exists()):
-        _overview(preset, arm, out, config.steps, labels, seed)
+    if anew or not on_main((out/'samples.png').exists):
+        on_main(lambda: _overview(preset, arm, out, config.steps, labels, seed))
     return _arm_row(preset, kept, config.steps, result, log)
 
 # %% ../nbs/12_experiments.ipynb #8f26d136
@@ -468,9 +468,9 @@ def _warn_of_decoder(preset: Preset, arms: tuple):
     "Say so if spherical arms are to be decoded by a decoder that never saw projected tokens."
     if not any(arm_path(arm).spherical for arm in arms): return
     if not load_tokenizer(preset.tokenizer, spherical=True).for_sphere:
-        warnings.warn(f'the decoder of {preset.tokenizer} was not finetuned behind the projection, so the spherical arms '
-                      'are judged by a decoder that never saw projected tokens: run slfm_finetune and give the folders '
-                      'that it leaves as tokenizer and control', stacklevel=3)
+        warnings.warn(f'the decoder of {preset.tokenizer} was not finetuned behind the projection, so spherical arms are '
+                      'judged by one that never saw projected tokens: run slfm_finetune and give the folders that it '
+                      'leaves as tokenizer and control', stacklevel=3)
 
 # %% ../nbs/12_experiments.ipynb #d54d3dbc
 def compare(
@@ -505,7 +505,7 @@ def compare(
 
 # %% ../nbs/12_experiments.ipynb #2380ba03
 def _write_report(preset: Preset, rows: dict, tokenizer: Tokenizer, source: ImageSource, out: Path, seed: int) -> dict:
-    "Report of a comparison as report.json, table.csv and report.html, with the geometry of the first 2048 images of the cache."
+    "Report of a comparison as report.json, table.csv and report.html, with the geometry of 2048 images of the cache."
     pictures, classes = zip(*source.stream(source.shuffled(Encoding().seed), limit=2048))
     some = torch.stack(pictures), torch.tensor(classes)
     found = geometry(tokenizer, *some, seed=seed)
@@ -594,8 +594,8 @@ resize: {{ protocol.resize }}, {{ protocol.bits }} bits;
 {% if protocol.subset %}KID, precision and recall on {{ protocol.subset[0] }} against {{ protocol.subset[1] }} of them;
 {% endif %}sampler {{ protocol.solver }}, {{ protocol.solver_steps }} steps, guidance {{ protocol.guidance }}.
 One seed: differences of this size move with the seed, and raw losses of different arms cannot be compared.
-Seconds count training alone.{% if unprepared %} The decoder of {{ unprepared }} was not finetuned behind the projection:
-it never saw projected tokens, which the spherical arms give it.{% endif %}</p>
+Seconds count training alone.{% if unprepared %} The decoder of {{ unprepared }} was not finetuned behind the
+projection: it never saw projected tokens, which the spherical arms give it.{% endif %}</p>
 <h2>Geometry</h2><p>Mean token norm {{ '%.3f' % geometry.mean_over_sqrt_d }} √d, coefficient of variation
 {{ '%.3f' % geometry.cv }}. Radial share of the velocity at t = 0, ½, 1:
 linear {{ shares.linear }}; slerp {{ shares.slerp }}.

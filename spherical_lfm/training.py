@@ -61,7 +61,7 @@ class TrainConfig:
     accumulate: int = 1            # parts into which a process cuts its share of the batch
     checkpointing: bool = False    # recompute activations in the backward pass: less memory, a third more time
     parallel: str = 'ddp'          # several processes: 'ddp' (whole models) or 'fsdp' (each holds a part of everything)
-    resident: str = 'auto'         # where latents lie: 'gpu', 'host' (a copy), 'no' (files), 'auto' (gpu if they fit, else no)
+    resident: str = 'auto'         # latents: on the 'gpu', a copy on the 'host', 'no' (files); 'auto': gpu if they fit
     window: int = 65_536           # images that are shuffled together
     seed: int = 0                  # of initialisation and every draw
     log_every: int = 100           # steps between lines of log.jsonl

@@ -241,6 +241,8 @@ def _begin(lock: FileLock, folder: Path) -> OSError | None:
         lock.acquire()
     except Timeout:
         return OSError(f'another process is writing to {folder}: wait for it, or choose another folder')
+    except OSError as e:
+        return OSError(e.errno, f'cannot write {folder}: {e.strerror}; choose another place')
     for left in folder.rglob(f'{MARK}*'):
         shutil.rmtree(left, ignore_errors=True)
     return None

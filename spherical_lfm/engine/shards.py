@@ -48,12 +48,14 @@ class ShardedJob:
     ):
         self.out, self.count, self.size, self.stem = out, count, size, f'{kind}-{digest_of(plan)[:8]}'
         self.shards = None if count is None else -(-count//size)
-        if processes().is_main_process:
-            manifest = read_manifest(out)
-            plans = [*manifest.get('plans', ())]
-            if self.stem not in plans: write_json(out/MANIFEST, manifest | {'plans': [*plans, self.stem]})
-        missing = on_main(lambda: [k for k in range(self.shards or 0) if not self.note(k)])
-        self.mine = missing[processes().process_index::processes().num_processes]
+        self.mine = on_main(self._begin)[processes().process_index::processes().num_processes]
+
+    def _begin(self) -> list[int]:
+        "Note the plan in the manifest; the shards that are missing."
+        manifest = read_manifest(self.out)
+        plans = [*manifest.get('plans', ())]
+        if self.stem not in plans: write_json(self.out/MANIFEST, manifest | {'plans': [*plans, self.stem]})
+        return [k for k in range(self.shards or 0) if not self.note(k)]
 
     def __getitem__(self, k: int) -> slice:
         "The items of a shard."

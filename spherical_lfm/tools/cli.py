@@ -37,14 +37,14 @@ from spherical_lfm.engine.files import (
 )
 from ..engine.images import ImageSource, readable, save_grid, to_uint8
 from ..engine.latents import Encoding, LatentDataset, encode_latents
-from ..engine.processes import default_device, on_main, processes, told_by_main
+from ..engine.processes import default_device, on_main, peers_alive, processes, told_by_main
 from ..engine.report import environment
 from ..engine.runs import dtype_of, newest_checkpoint
 from ..decoder import FinetuneConfig
 from ..experiments import Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
-    _draw_numbered, differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side, protocol_of, save_npz,
-    save_reference, score_features, side_of, source_batches,
+    _draw_numbered, differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side,
+    protocol_of, save_npz, save_reference, score_features, side_of, source_batches,
 )
 from ..paths import ARMS, arm_path
 from ..probes import find_partners
@@ -163,7 +163,7 @@ def command(
         given = _arguments(work, argv)
         debug = given.pop('debug')
         try:
-            with _own_warnings(work.__name__, debug):
+            with _own_warnings(work.__name__, debug), peers_alive():
                 work(**given)
         except KeyboardInterrupt: sys.exit(130)
         except InterruptedError as e: print(e, file=sys.stderr)
@@ -339,8 +339,8 @@ def slfm_compare(
 ):
     """The matched comparison: train, sample and score each arm under one protocol.
 
-    Writes preset.yaml, report.json, table.csv and report.html; also under `accelerate launch`. A plan opens neither images
-    nor weights, and writes nothing.
+    Writes preset.yaml, report.json, table.csv and report.html; also under `accelerate launch`. A plan opens neither
+    images nor weights, and writes nothing.
     """
     chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset), _chosen(TrainConfig, options))
     wanted = _arms(arms)
@@ -364,6 +364,7 @@ def slfm_demo(
     chosen = _arms(arms)
     workers = 1 if torch.cuda.is_available() else min(len(chosen), torch.get_num_threads())
     report = compare('digits', chosen, out, 'digits', seed, workers=workers)
+    if not report: return # another process writes it
     for arm in chosen:
         folder = Path(out)/arm/'pipeline'
         if folder.exists(): continue
@@ -758,7 +759,7 @@ def _features(images, where: str, extractor: str) -> dict:
     return extract_features(bar, extractor, parts=all_parts(extractor))
 
 def _reference(images: ImageSource | None, reference: str, extractor: str, folder: Path | None) -> dict:
-    "Statistics of a reference, kept in a folder if there is one, with a hash of what it is; images are None for an .npz."
+    "Statistics of a reference with a hash of what it is, kept in a folder if one is given; images are None for an .npz."
     if images is None: return load_reference(reference, extractor) | {'content': file_digest(reference)}
     with tempfile.TemporaryDirectory() as tmp:
         kept = folder or on_main(lambda: Path(tmp)/'reference')
@@ -829,7 +830,7 @@ def slfm_evaluate(
     given = None if run else _opened(samples, side)
     real_images = None if is_npz(reference) else _images(reference, side, **columns)
     real = _reference(real_images, reference, extractor, Path(samples)/'features'/'reference' if run else None)
-    if save_reference_to and processes().is_main_process: save_reference(real, save_reference_to)
+    if save_reference_to: on_main(lambda: save_reference(real, save_reference_to))
     if run: drawn, setting = _draw_run(samples, run, options, real_images, extractor)
     else: drawn, setting = _features(given, samples, extractor), {}
     if run and not processes().is_main_process: return

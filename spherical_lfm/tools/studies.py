@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..engine.files import atomic_write, claim, claim_file, read_json, save_figu
 from ..engine.images import ImageSource, _unreadable, apart_from, digits_images, readable, save_grid
 from ..engine.latents import LatentDataset
 from ..engine.plots import plot_evolution, plot_geometry, plot_response, plot_sensitivity, plot_swaps
-from ..engine.processes import RunningMoments, merge_over_processes, processes, told_by_main
+from ..engine.processes import RunningMoments, merge_over_processes, on_main, processes, told_by_main
 from ..engine.report import environment
 from ..engine.weights import DATA
 from spherical_lfm.concentration import (
@@ -615,8 +616,7 @@ def starting_tokenizer(
     if not told_by_main(folder.exists()):
         tokenizer = with_statistics(tokenizer, source, **statistics)
         claim(out, purpose)
-        if processes().is_main_process: tokenizer.save_pretrained(folder)
-        processes().wait_for_everyone()
+        on_main(lambda: tokenizer.save_pretrained(folder))
         return load_tokenizer(folder, device=device)
     kept = load_tokenizer(folder, device=device)
     if Tokenizer(kept.autoencoder).identity == Tokenizer(tokenizer.autoencoder).identity: return kept
@@ -644,9 +644,8 @@ def _finetune_pipelines(
     pipelines = {'original': variant(False), 'original, projected': variant(True)}
     for arm in arms:
         tuned, _ = finetune_decoder(variant(arm == 'spherical'), images, config, out/arm, held_out, progress)
-        if processes().is_main_process: tuned.save_pretrained(out/arm/'tokenizer')
+        on_main(partial(tuned.save_pretrained, out/arm/'tokenizer'))
         pipelines[f'finetuned {arm}'] = tuned
-    processes().wait_for_everyone()
     return pipelines
 
 # %% ../../nbs/tools/studies.ipynb #97108bc2
