@@ -468,8 +468,8 @@ def _warn_of_decoder(preset: Preset, arms: tuple):
     "Say so if spherical arms are to be decoded by a decoder that never saw projected tokens."
     if not any(arm_path(arm).spherical for arm in arms): return
     if not load_tokenizer(preset.tokenizer, spherical=True).for_sphere:
-        warnings.warn(f'the decoder of {preset.tokenizer} was not finetuned behind the projection, so spherical arms are '
-                      'judged by one that never saw projected tokens: run slfm_finetune and give the folders that it '
+        warnings.warn(f'the decoder of {preset.tokenizer} was not finetuned behind the projection, so spherical arms '
+                      'are judged by one that never saw projected tokens: run slfm_finetune and give the folders that it '
                       'leaves as tokenizer and control', stacklevel=3)
 
 # %% ../nbs/12_experiments.ipynb #d54d3dbc

@@ -759,7 +759,7 @@ def _features(images, where: str, extractor: str) -> dict:
     return extract_features(bar, extractor, parts=all_parts(extractor))
 
 def _reference(images: ImageSource | None, reference: str, extractor: str, folder: Path | None) -> dict:
-    "Statistics of a reference with a hash of what it is, kept in a folder if one is given; images are None for an .npz."
+    "Statistics of a reference with a hash of it, kept in a folder if one is given; images are None for an .npz."
     if images is None: return load_reference(reference, extractor) | {'content': file_digest(reference)}
     with tempfile.TemporaryDirectory() as tmp:
         kept = folder or on_main(lambda: Path(tmp)/'reference')
