@@ -469,8 +469,8 @@ def _warn_of_decoder(preset: Preset, arms: tuple):
     if not any(arm_path(arm).spherical for arm in arms): return
     if not load_tokenizer(preset.tokenizer, spherical=True).for_sphere:
         warnings.warn(f'the decoder of {preset.tokenizer} was not finetuned behind the projection, so spherical arms '
-                      'are judged by one that never saw projected tokens: run slfm_finetune and give the folders that it '
-                      'leaves as tokenizer and control', stacklevel=3)
+                      'are judged by one that never saw projected tokens: run slfm_finetune and give the folders '
+                      'that it leaves as tokenizer and control', stacklevel=3)
 
 # %% ../nbs/12_experiments.ipynb #d54d3dbc
 def compare(
