@@ -195,7 +195,7 @@ def test_latents_of_an_encoder_with_attention_are_stored(tmp_path):
     want = tokenizer.encode(images)
     assert not want.is_contiguous(), 'otherwise this shows nothing'
     encode_latents(tokenizer, source, tmp_path/'cache', Encoding(), torch.arange(5), progress=False)
-    kept = LatentDataset(tmp_path/'cache', verify=True).z
+    kept = LatentDataset(tmp_path/'cache', verify=True, resident=True).z
     torch.testing.assert_close(kept['z'], want, atol=1e-4, rtol=0)
     torch.testing.assert_close(kept['z_flip'], tokenizer.encode(images.flip(-1)), atol=1e-4, rtol=0)
 

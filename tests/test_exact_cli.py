@@ -71,16 +71,16 @@ def test_options_of_encoding(monkeypatch, tmp_path):
 
 
 def test_options_of_sampling(place, monkeypatch, tmp_path):
-    recorder = Recorder(monkeypatch, cli, 'sample', stop)
+    recorder = Recorder(monkeypatch, cli, '_draw_numbered', stop)
     options = dict(count=13, steps=6, method='adams2', guidance=2.5, guide_from=.2, guide_to=.6, negative=3, shift=2.,
                    tolerance=.3, precision='bf16', step=1, seed=8)
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
     assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8)
-    assert len(given['labels']) == 13 and sorted(given['labels'].bincount(minlength=10).tolist()) == [1]*7 + [2]*3
+    assert given['numbers'] == range(13) and sorted(given['y'].bincount(minlength=10).tolist()) == [1]*7 + [2]*3
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), '--count', '4', '--label', '6'])
     given = recorder.calls[1]
-    assert given['labels'].tolist() == [6]*4
+    assert given['y'].tolist() == [6]*4
     assert given['sampler'] == Sampler(50, 'euler', 1., (0., 1.), None, 1., 1e-2, 'float32', 0)
 
 
