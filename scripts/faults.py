@@ -448,9 +448,19 @@ SOLVERS = faults(
 
 FIDELITY = faults(
     'fidelity',
+    ('merged covariance leaves the distance of the means out', 'torch.outer(apart, apart)*(self.count*count/total)',
+     '0*torch.outer(apart, apart)', 'a reference in one pass',
+     'reference::test_parts_have_the_moments_of_the_whole[sizes1]',
+     'reference::test_a_reference_in_shards_is_that_of_all_features'),
+    ('KID looks at the beginning', 'manual_seed(0))[:SUBSET]]', 'manual_seed(0)).sort().values[:SUBSET]]',
+     'KID, precision and recall at ImageNet size', 'reference::test_kid_precision_and_recall_look_at_a_fixed_choice'),
+    ('a reference is held in memory', "    job.write(k, tensors, count=len(found['features']) if found else 0)",
+     "    job.held = getattr(type(job), 'held', []) + [found]\n    type(job).held = job.held\n"
+     "    job.write(k, tensors, count=len(found['features']) if found else 0)",
+     'memory does not grow with the reference', 'reference::test_memory_does_not_grow_with_the_reference'),
     ('the distance of the means alone',
-     '    return fid_features_to_statistics(features.double())',
-     '    return (s := fid_features_to_statistics(features.double())) | '
+     '    return GaussianMoments(features.shape[1]).update(features).statistics',
+     '    return (s := GaussianMoments(features.shape[1]).update(features).statistics) | '
      "{'sigma': 0*s['sigma']}",
      'the Fréchet distance', 'exact_fidelity::test_the_frechet_distance_of_a_score_is_scipys'),
     ('sFID from the features of FID', "_distance(_gaussian(samples['spatial']), _gaussian_of(reference, 'spatial', '_s'))",
@@ -473,8 +483,7 @@ FIDELITY = faults(
      'f[torch.randperm(len(f), generator=g)]',
      '95 % intervals', 'exact_fidelity::test_the_interval_of_the_distance_is_95_percent_of_a_normal'),
     ('stored spatial statistics are those of the features',
-     'fid_features_to_statistics(features[part].double()).items()',
-     "fid_features_to_statistics(features['features'].double()).items()",
+     '_gaussian(features[part]).items()', "_gaussian(features['features']).items()",
      'stored references score as images do', 'exact_fidelity::test_stored_statistics_are_numpys_and_score_the_same'),
     ('pixels of an ADM file are transposed', 'images[k:k + batch_size]).permute(0, 3, 1, 2)',
      'images[k:k + batch_size]).permute(0, 3, 2, 1)',
@@ -483,11 +492,10 @@ FIDELITY = faults(
      'return sample(run.model, run.path, y, Sampler(), noise, batch_size)',
      'scores of the sampler that was asked for',
      'exact_fidelity::test_generated_features_are_those_of_samples_drawn_plainly'),
-    ('every shard has the same noise', '_make_shard(files[k], y, k*pieces.shard, draw',
-     '_make_shard(files[k], y, 0, draw',
+    ('every shard has the same noise', '    first = job[k].start\n', '    first = 0\n',
      'scores do not depend on shards', 'exact_fidelity::test_generated_features_are_those_of_samples_drawn_plainly'),
-    ('features of the same classes whatever is asked for', '{k: labels[k*pieces.shard:(k + 1)*pieces.shard]',
-     '{k: 0*labels[k*pieces.shard:(k + 1)*pieces.shard]',
+    ('features of the same classes whatever is asked for', '_make_shard(job, k, labels[job[k]], draw',
+     '_make_shard(job, k, 0*labels[job[k]], draw',
      'samples of the classes that were asked for',
      'exact_fidelity::test_generated_features_are_those_of_samples_drawn_plainly'),
     ('the plan forgets the labels', 'labels=hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],', 'labels=0,',
@@ -503,11 +511,22 @@ FIDELITY = faults(
 
 EXPERIMENTS = faults(
     'experiments',
-    ('score ignores its sampler', 'run, tokenizer, labels, preset.extractor, sampler, progress)',
-     'run, tokenizer, labels, preset.extractor, preset.sampler, progress)',
+    ('a file of statistics is not looked at', '    if preset.reference:\n', '    if False:\n',
+     'a reference of ADM', 'reference::test_a_preset_takes_its_reference_from_a_file'),
+    ('bf16 is emulated', "return PRESETS[str(name)] if _native_bf16() else", 'return PRESETS[str(name)] if True else',
+     'float32 where bf16 is slow', 'reference::test_bf16_only_where_it_is_native[False]'),
+    ('latents of a preset are float32', "Encoding(preset.train.get('flip', True), preset.dtype, ",
+     "Encoding(preset.train.get('flip', True), 'float32', ",
+     'latents on disk', 'reference::test_latents_of_a_preset_are_stored_as_it_says'),
+    ('scores are kept by each process for itself',
+     "kept = on_main(lambda: read_json(store, 'evaluation of a run', 'remove it') if store.exists() else {})",
+     "kept = read_json(store, 'evaluation of a run', 'remove it') if store.exists() else {}",
+     'one process decides', 'reference::test_what_is_kept_is_what_the_main_process_says'),
+    ('score ignores its sampler', 'run, tokenizer, labels, preset.extractor, sampler, pieces',
+     'run, tokenizer, labels, preset.extractor, preset.sampler, pieces',
      'guided metrics, metrics over seeds', 'exact_experiments::test_score_samples_what_was_asked_for'),
-    ('score samples along the path of the arm', 'found = _generate_once(waiting, run, tokenizer,',
-     "found = _generate_once(waiting, run._replace(path=arm_path(run.record['config']['arm'])), tokenizer,",
+    ('score samples along the path of the arm', 'found = generate(waiting, run, tokenizer,',
+     "found = generate(waiting, run._replace(path=arm_path(run.record['config']['arm'])), tokenizer,",
      'the ablation without exponential map', 'exact_experiments::test_score_samples_what_was_asked_for'),
     ('an arm is scored without guidance', 'replace(preset.sampler, guidance=guidance, seed=config.seed)\n        kept',
      'replace(preset.sampler, seed=config.seed)\n        kept',
@@ -741,8 +760,8 @@ CLI = faults(
      'options reach what they set', 'exact_cli::test_options_of_training'),
     ('drawing ignores the interval', ', interval=_interval(**_chosen(_interval, options)))', ')',
      'options reach what they set', 'exact_cli::test_options_of_sampling', 'exact_cli::test_options_of_scoring_a_run'),
-    ('slfm_sample ignores its sampler', 'z = sample(model, path, y, sampler, progress=True)',
-     'z = sample(model, path, y, progress=True)',
+    ('slfm_sample ignores its sampler', '_draw_numbered(loaded, sampler, len(numbers)',
+     '_draw_numbered(loaded, Sampler(), len(numbers)',
      'options reach what they set', 'exact_cli::test_options_of_sampling'),
     ('slfm_sample ignores the label', 'torch.full((count,), label) if label >= 0 else',
      'torch.full((count,), label) if False else',
@@ -758,8 +777,8 @@ CLI = faults(
     ('slfm_finetune always mirrors',
      "if options.get(f'no_{name}'): found[name] = False", 'pass',
      'options reach what they set', 'exact_cli::test_options_of_finetuning'),
-    ('slfm_compare ignores the control', 'dict(tokenizer=self.tokenizer, control=self.control, samples=self.samples)',
-     'dict(tokenizer=self.tokenizer, samples=self.samples)',
+    ('slfm_compare ignores the control', 'given = {k: v for k, v in vars(self).items() if v}',
+     "given = {k: v for k, v in vars(self).items() if v and k != 'control'}",
      'options reach what they set', 'exact_cli::test_options_of_a_comparison'),
 )
 
@@ -840,5 +859,14 @@ STUDIES = faults(
      'samples on their way', 'exact_experiments::test_evolution_follows_the_samples'),
 )
 
+SHARDS = faults(
+    'engine.shards',
+    ('finished shards are made again', 'for k in range(self.shards or 0) if not self.note(k)]',
+     'for k in range(self.shards or 0)]', 'a job goes on where it stopped',
+     'reference::test_an_interrupted_reference_goes_on'),
+    ('every process makes every shard', '[processes().process_index::processes().num_processes]', '[:]',
+     'a job is shared', 'training::test_two_processes_were_two'),
+)
+
 #: Every fault, in the order of the book.
-FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES]
+FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES]

@@ -724,6 +724,10 @@ class _Scoring:
     save: str = 'none'         # none, png or npz keep the images as well, in RUN/features
     steps: int = 250           # solver steps
 
+    def __post_init__(self):
+        if self.save not in ('none', 'png', 'npz'):
+            raise ValueError(f"save must be 'none', 'png' or 'npz', got {self.save!r}")
+
 # %% ../../nbs/tools/cli.ipynb #4857ff26
 def _open_run(run: str, what: _Checkpoint, sampler: Sampler) -> tuple[LoadedRun, Any]: # with its tokenizer
     "A run to draw from; refuses settings that cannot be."
@@ -732,11 +736,15 @@ def _open_run(run: str, what: _Checkpoint, sampler: Sampler) -> tuple[LoadedRun,
     return opened, tokenizer_for(opened.record, what.tokenizer or None, default_device())
 
 # %% ../../nbs/tools/cli.ipynb #128796a6
-def _draw_run(run: str, opened: tuple, options: dict, reference, extractor: str) -> tuple: # features, what was set
+def _asked_for(run: tuple, options: dict, reference: ImageSource | None) -> tuple: # how, classes, mixture
+    "What is to be drawn of a run; refuses what cannot be, before anything is read."
+    how = _Scoring(**_chosen(_Scoring, options))
+    return how, *mixture_of(run[0].record, reference, how.count, how.mixture)
+
+def _draw_run(run: str, opened: tuple, options: dict, asked: tuple, extractor: str) -> tuple: # features, what was set
     "Features of samples that are drawn now, and how they were."
-    (loaded, tokenizer), how = opened, _Scoring(**_chosen(_Scoring, options))
+    (loaded, tokenizer), (how, labels, mixture) = opened, asked
     sampler, weights = _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options)).weights
-    labels, mixture = mixture_of(loaded.record, reference, how.count, how.mixture)
     drawn = generate(Path(run)/'features'/'evaluate', loaded, tokenizer, labels, extractor, sampler, how.save)
     setting = {'checkpoint': loaded.record['step'], 'weights': weights, 'mixture': mixture}
     return drawn, sampler.settings | setting
@@ -829,9 +837,10 @@ def slfm_evaluate(
     side = _common_side(samples, run, reference, size, columns)
     given = None if run else _opened(samples, side)
     real_images = None if is_npz(reference) else _images(reference, side, **columns)
+    asked = _asked_for(run, options, real_images) if run else ()
     real = _reference(real_images, reference, extractor, Path(samples)/'features'/'reference' if run else None)
     if save_reference_to: on_main(lambda: save_reference(real, save_reference_to))
-    if run: drawn, setting = _draw_run(samples, run, options, real_images, extractor)
+    if run: drawn, setting = _draw_run(samples, run, options, asked, extractor)
     else: drawn, setting = _features(given, samples, extractor), {}
     if run and not processes().is_main_process: return
     resized = 'none' if run or is_npz(samples) else f'centre crop, bicubic to {side} px'
