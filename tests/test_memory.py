@@ -331,7 +331,8 @@ def test_blocks_travel_in_bf16_and_weights_stay_in_float32(combined):
 
 
 @compiler
-def test_compiled_and_recomputed_is_the_plain_run(latents, tmp_path):
+def test_compiled_and_recomputed_is_the_plain_run(latents, tmp_path, monkeypatch):
+    monkeypatch.setitem(sit.SIZES, 'Ti', (64, 2, 2)) # what is compiled matters here, not how much of it
     for name, more in (('plain', {}), ('both', dict(compile=True, checkpointing=True))): fit(latents, tmp_path/name, **more)
     assert losses(tmp_path/'both') == pytest.approx(losses(tmp_path/'plain'), rel=5e-5)
 
