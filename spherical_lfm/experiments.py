@@ -26,7 +26,9 @@ import yaml
 from torch import Tensor
 
 from .engine.features import distance_key, distance_of, distance_title
-from .engine.files import atomic_write, claim, digest_of, file_digest, read_json, write_json
+from spherical_lfm.engine.files import (
+    YAML_MARK, atomic_write, claim, claim_file, digest_of, file_digest, read_json, write_json,
+)
 from .engine.images import ImageSource, apart_from, save_grid, show_images
 from .engine.latents import Encoding, LatentDataset, encode_latents
 from .engine.plots import plot_distance_curves, plot_norms, plot_path_norms, plot_radial_share, plot_swaps
@@ -145,10 +147,10 @@ def save_preset(
     preset: Preset,   # an experiment
     path: str | Path  # a .yaml file
 ):
-    "Write a preset where people can change it."
+    "Write a preset where people can change it. Raises `FileExistsError` if somebody else's file is there."
     plain = json.loads(json.dumps(asdict(preset))) # lists in place of tuples
-    with atomic_write(path) as f:
-        f.write_text(yaml.safe_dump(plain, sort_keys=False))
+    with atomic_write(claim_file(path)) as f:
+        f.write_text(YAML_MARK + yaml.safe_dump(plain, sort_keys=False))
 
 def _check_fields(path: str | Path, given: Any, model: type, what: str):
     "Refuse what is no mapping, and names that a dataclass does not have."

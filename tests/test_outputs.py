@@ -21,8 +21,9 @@ from spherical_lfm.engine.files import MARK, atomic_write, claim, locked, read_m
 from spherical_lfm.engine.images import ImageSource, digits_images, save_grid
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.runs import checkpoints
-from spherical_lfm.experiments import PRESETS, compare
-from spherical_lfm.fidelity import Pieces, generate, save_reference
+from spherical_lfm.engine.shards import ShardedJob
+from spherical_lfm.experiments import PRESETS, compare, save_preset
+from spherical_lfm.fidelity import Pieces, generate, measure_reference, save_reference
 from spherical_lfm.sampling import Sampler, load_run
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
@@ -95,6 +96,7 @@ FOLDERS = { # what writes a folder: (out, place) -> work
     'analyze_study': lambda out, place: analyze_study(load_tokenizer('digits'), ImageSource('digits'), out, analysis=Analysis(40), progress=False),
     'slfm_sample': lambda out, place: quiet(cli.slfm_sample, place/'run', out, '--count', 4, '--steps', 1),
     'generate': make_features,
+    'measure_reference': lambda out, place: measure_reference(ImageSource('digits', split='test'), out, 'digits', progress=False),
     'compare': lambda out, place: compare(small_preset(), ('vanilla-linear',), out, 'digits', progress=False),
     'slfm_compare': lambda out, place: quiet(cli.slfm_compare, 'digits', '--out', out, '--arms', 'vanilla-linear', '--steps', 2, '--samples', 20, '--no_curve'),
     'slfm_demo': lambda out, place: quiet(cli.slfm_demo, '--out', out),
@@ -179,6 +181,7 @@ FILES = { # what writes a file: suffix, (path, place) -> work
     'slfm_sample --npz': ('.npz', lambda path, place: quiet(cli.slfm_sample, place/'run', path.with_suffix(''), '--count', 3, '--steps', 1, '--npz')),
     'slfm_sample grid': ('.png', lambda path, place: quiet(cli.slfm_sample, place/'run', path.parent/path.stem.removesuffix('-grid'), '--count', 3, '--steps', 1)),
     'save_grid': ('.png', lambda path, place: save_grid(torch.zeros(2, 3, 8, 8), path)),
+    'save_preset': ('.yaml', lambda path, place: save_preset(PRESETS['digits'], path)),
     'save_reference': ('.npz', lambda path, place: save_reference({'features': torch.randn(20, 4)}, path)),
     'seeds_study': ('.json', lambda path, place: seeds_study(path)),
     'solver_study': ('.json', lambda path, place: solver_study(path)),
@@ -190,7 +193,7 @@ FILES = { # what writes a file: suffix, (path, place) -> work
 def test_a_strangers_file_is_refused_and_ours_is_replaced(name, place, tmp_path):
     suffix, work = FILES[name]
     path = tmp_path/f'x-grid{suffix}'
-    if suffix == '.json': path.write_text('{"mine": 1}')
+    if suffix in ('.json', '.yaml'): path.write_text('{"mine": 1}')
     elif suffix == '.npz': np.savez(path, mine=1)
     else: Image.new('RGB', (4, 4)).save(path)
     before = contents(tmp_path)
@@ -283,8 +286,8 @@ def test_a_second_writer_is_refused(place, tmp_path):
 
 def test_shards_that_are_not_to_be_seen_yet(tmp_path, monkeypatch):
     "On a network drive a note of another process may come late: no index is written of a part."
-    note = latents._note
-    monkeypatch.setattr(latents, '_note', lambda path: None if path.name.endswith('00001.json') else note(path))
+    note = ShardedJob.note
+    monkeypatch.setattr(ShardedJob, 'note', lambda job, k: None if k == 1 else note(job, k))
     with pytest.raises(OSError, match='3 of 4 shards are to be seen'): encode_latents(load_tokenizer('digits'), ImageSource('digits', split='test'), tmp_path/'z', Encoding(flip=False, shard_size=100), progress=False)
     assert not (tmp_path/'z'/'index.json').exists()
 

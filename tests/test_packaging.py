@@ -62,7 +62,7 @@ def test_requirements_bring_what_is_imported():
     else: tomllib = pytest.importorskip('tomli')
     project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
     name = lambda requirement: re.match(r'[\w-]+', requirement)[0].replace('-', '_')
-    core = {{'pillow': 'PIL', 'scikit_learn': 'sklearn'}.get(n, n) for n in map(name, project['dependencies'])} | set(sys.stdlib_module_names) | {'spherical_lfm'}
+    core = {{'pillow': 'PIL', 'scikit_learn': 'sklearn', 'pyyaml': 'yaml'}.get(n, n) for n in map(name, project['dependencies'])} | set(sys.stdlib_module_names) | {'spherical_lfm'}
     extra = {name(d) for e in project['optional-dependencies'].values() for d in e}
     assert not core & TOOLS
     for module in MODULES:

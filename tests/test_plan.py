@@ -103,8 +103,8 @@ def test_hours_of_scores():
     mirrored = replace(base, train=base.train | {'flip': True}, reference_count=50)
     one, eight = (plan.plan_comparison(mirrored, COUNT, ('a', 'b'), replace(CPU, devices=n), classes=10).hours for n in (1, 8))
     assert one['encoding'] == pytest.approx(2*COUNT*costs.encode/(.3*1e9)/3600)
-    assert one['features of real images'] == eight['features of real images'] == pytest.approx(50*costs.extract/(.3*1e9)/3600)
-    for row in ('encoding', 'training', 'sampling', 'decoding', 'features of samples'): assert eight[row] == pytest.approx(one[row]/8), row
+    assert one['features of real images'] == pytest.approx(50*costs.extract/(.3*1e9)/3600)
+    for row in one: assert eight[row] == pytest.approx(one[row]/8), row
 
 
 def test_operations_of_the_tokenizer_and_the_extractor():
@@ -247,7 +247,7 @@ def test_the_command_plans_and_touches_nothing(monkeypatch, tmp_path, capsys):
     cli.slfm_compare(['flux2-b2', '--plan', '--arms', 'all', '--steps', '20000', '--out', 'runs/there'])
     first = capsys.readouterr().out
     assert 'SiT-B/2, 20,000 steps of 256, 4 arms, 1,281,167 images of 256 px through flux2' in first
-    assert 'this machine' in first and '8 x H100' in first and '168.0 GB' in first
+    assert 'this machine' in first and '8 x H100' in first and '167.9 GB' in first
     cli.slfm_compare(['flux2-b2', '--plan', '--no_curve', '--count', '1000', '--tokenizer', 'vavae', '--samples', '10'])
     second = capsys.readouterr().out
     assert '1,000 images of 256 px through vavae' in second and '2 scores an arm, 20 samples' in second

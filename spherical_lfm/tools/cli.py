@@ -609,20 +609,24 @@ def _pieces(count: int) -> list[range]:
     starts = range(0, count, 250)[processes().process_index::processes().num_processes]
     return [range(k, min(k + 250, count)) for k in starts]
 
+def _file_of(n: int, labels: Tensor, out: Path) -> Path:
+    "Where a sample belongs."
+    return out/f'{labels[n]:04d}'/f'{n:06d}.png'
+
 def _write_files(draw: Callable, labels: Tensor, out: Path):
     "PNG files in one folder per class; those that an earlier call has written are kept."
     from torchvision.io import write_png
     for numbers in tqdm(_pieces(len(labels)), desc='sampling', unit='piece', disable=not processes().is_main_process):
-        files = [out/f'{labels[n]:04d}'/f'{n:06d}.png' for n in numbers]
+        files = [_file_of(n, labels, out) for n in numbers]
         if all(f.exists() for f in files): continue
         for file, x in zip(files, draw(numbers)):
             with atomic_write(file) as f:
                 write_png(x, str(f))
 
-def _first_files(out: Path) -> Tensor: # uint8 [at most 100, 3, H, W]
+def _first_files(labels: Tensor, out: Path) -> Tensor: # uint8 [at most 100, 3, H, W]
     "The first hundred of all samples of a folder."
     from torchvision.io import read_image
-    return torch.stack([read_image(str(f)) for f in sorted(out.glob('*/*.png'), key=lambda f: f.stem)[:100]])
+    return torch.stack([read_image(str(_file_of(n, labels, out))) for n in range(min(100, len(labels)))])
 
 def _save_samples(draw: Callable, labels: Tensor, out: str, npz: bool, plan: dict) -> Tensor | None:
     "One .npz, or PNG files in a folder whose manifest holds the plan. The first hundred, on the main process."
@@ -641,7 +645,7 @@ def _save_samples(draw: Callable, labels: Tensor, out: str, npz: bool, plan: dic
     with locked(folder):
         _write_files(draw, labels, folder)
         processes().wait_for_everyone()
-        return _first_files(folder) if processes().is_main_process else None
+        return _first_files(labels, folder) if processes().is_main_process else None
 
 # %% ../../nbs/tools/cli.ipynb #da9e2369
 @dataclass
