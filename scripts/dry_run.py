@@ -137,7 +137,8 @@ def small(args) -> Preset:
     SIZES[size] = (SIZES[size][0], args.layers, SIZES[size][2])
     sampler = replace(known.sampler, steps=args.solver_steps, precision=args.precision or known.sampler.precision)
     return replace(known, image_size=args.size, train=train, sampler=sampler, guidances=tuple(args.guidances),
-                   samples=args.samples, curve_samples=args.curve_samples, metrics=tuple(args.metrics))
+                   samples=args.samples, curve_samples=args.curve_samples, metrics=tuple(args.metrics),
+                   extractor=args.extractor)
 
 
 class Clock:
@@ -232,10 +233,10 @@ def interrupted(args, env: dict) -> dict:
     "The comparison in several processes, cut off and started again; what each start left for the next."
     run, left = args.out/'interrupted', {}
     run.mkdir()
-    for phase, kind in STOPS.items():
+    for phase in args.stops:
         code = start(args, run, phase, args.processes, env)
         left[phase] = remains(run/'comparison')
-        if code == 0 or not left[phase][kind]: sys.exit(f'the end of {run/phase}.log is not how it should be cut off')
+        if code == 0 or not left[phase][STOPS[phase]]: sys.exit(f'the end of {run/phase}.log is not how it should be cut off')
     if start(args, run, 'finish', args.processes, env): sys.exit((run/'finish.log').read_text()[-5000:])
     return left
 
@@ -316,7 +317,7 @@ def figures(args, left: dict) -> dict:
         'preset': args.preset, 'environment': environment([0]),
         'several processes, interrupted': clocks(a.parent), 'one process': clocks(b.parent),
         'left': {phase: what | {'latents': sorted(what['latents'])} for phase, what in left.items()},
-        'kept shards of latents': all(now.get(k) == t for k, t in left['encode']['latents'].items()),
+        'kept shards of latents': all(now.get(k) == t for k, t in left[args.stops[0]]['latents'].items()),
         'files': len(files), 'mib_on_disk': round(sum(f.stat().st_size for f in files)/2**20, 1),
         'classes_per_batch': classes_per_batch(args, b/'latents'),
         'apart': found, 'limits': LIMITS, 'equal': all(found[k] <= v for k, v in LIMITS.items()),
@@ -343,6 +344,8 @@ def options() -> argparse.Namespace:
     parser.add_argument('--preset', choices=known, default=known[0], help=f'(default {known[0]})')
     parser.add_argument('--eager', action='store_true', help='leave out torch.compile')
     parser.add_argument('--precision', choices=['float32', 'bf16'], help="in place of the preset's")
+    parser.add_argument('--stops', nargs='+', choices=STOPS, default=[*STOPS], help='where it is cut off, in this order')
+    parser.add_argument('--extractor', choices=['inception', 'efficientnet'], default='inception')
     parser.add_argument('--guidances', type=float, nargs='+', default=[1., 1.5])
     parser.add_argument('--metrics', nargs='+', choices=fidelity.METRICS, default=fidelity.METRICS)
     for name, value, text in (
