@@ -157,7 +157,7 @@ def test_a_run_may_read_from_elsewhere_when_it_resumes(latents, tmp_path):
 def test_the_command_says_where_latents_may_lie(capsys):
     with pytest.raises(SystemExit): cli.slfm_train(['--help'])
     told = ' '.join(capsys.readouterr().out.split())
-    assert '--resident RESIDENT' in told and "'host' (a copy), 'no' (files), 'auto' (gpu if they fit, else no)" in told
+    assert '--resident RESIDENT' in told and "on the 'gpu', a copy on the 'host', 'no' (files); 'auto': gpu if they fit" in told
 
 
 def test_windows_are_read_ahead_from_the_first_on(latents, tmp_path, monkeypatch):
