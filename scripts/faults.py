@@ -865,7 +865,7 @@ SHARDS = faults(
      'for k in range(self.shards or 0)]', 'a job goes on where it stopped',
      'reference::test_an_interrupted_reference_goes_on'),
     ('every process makes every shard', '[processes().process_index::processes().num_processes]', '[:]',
-     'a job is shared', 'training::test_two_processes_were_two'),
+     'a job is shared', 'reference::test_missing_shards_are_shared_evenly'),
 )
 
 #: Every fault, in the order of the book.

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from exact import Recorder, noise
 
 from spherical_lfm import experiments as ex
 from spherical_lfm import fidelity
+from spherical_lfm.engine import shards
 from spherical_lfm.engine.features import extract_features
+from spherical_lfm.engine.files import claim
 from spherical_lfm.engine.images import ImageSource, digits_images
+from spherical_lfm.engine.shards import ShardedJob
 from spherical_lfm.fidelity import SUBSET, GaussianMoments, measure_reference, save_reference, score_features
 
 DIGITS = ImageSource('digits')
@@ -63,6 +67,17 @@ def test_an_interrupted_reference_goes_on(tmp_path, monkeypatch):
     call()
     assert len(made) == 6
     assert sorted(f.suffix for f in (tmp_path/'r').iterdir() if f.name[0] != '.') == ['.json', '.npz']
+
+
+def test_missing_shards_are_shared_evenly(tmp_path, monkeypatch):
+    "Of seven shards two are there: nobody waits for more than one shard of another process."
+    def job(): return ShardedJob(claim(tmp_path/'out', 'numbers'), 'numbers', {}, 70, 10)
+    for k in (0, 3): job().write(k, {'x': torch.zeros(10)})
+    mine = []
+    for rank in (0, 1):
+        monkeypatch.setattr(shards, 'processes', lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=2))
+        mine.append(job().mine)
+    assert mine == [[1, 4, 6], [2, 5]]
 
 
 MEMORY = '''
