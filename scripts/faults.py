@@ -511,6 +511,8 @@ FIDELITY = faults(
 
 EXPERIMENTS = faults(
     'experiments',
+    ('what cannot be trained is encoded first', '    _check_preset(preset, arms)\n', '',
+     'hours are not lost', 'reference::test_what_would_fail_late_is_refused_before_an_image_is_encoded[change0-lr must be]'),
     ('a file of statistics is not looked at', '    if preset.reference:\n', '    if False:\n',
      'a reference of ADM', 'reference::test_a_preset_takes_its_reference_from_a_file'),
     ('bf16 is emulated', "return PRESETS[str(name)] if _native_bf16() else", 'return PRESETS[str(name)] if True else',
@@ -861,6 +863,10 @@ STUDIES = faults(
 
 SHARDS = faults(
     'engine.shards',
+    ('shards of another size are taken for these', 'digest_of(plan, count, size)', 'digest_of(plan)',
+     'every item counts once', 'reference::test_shards_of_another_size_are_not_taken_for_these'),
+    ('notes are counted, not looked for', 'if self.shards is None else self.shards', 'if True else self.shards',
+     'a set with a hole is refused', 'reference::test_a_hole_in_the_middle_is_seen'),
     ('finished shards are made again', 'for k in range(self.shards or 0) if not self.note(k)]',
      'for k in range(self.shards or 0)]', 'a job goes on where it stopped',
      'reference::test_an_interrupted_reference_goes_on'),

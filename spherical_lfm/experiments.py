@@ -25,7 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from .engine.features import distance_key, distance_of, distance_title
+from .engine.features import all_parts, distance_key, distance_of, distance_title
 from spherical_lfm.engine.files import (
     YAML_MARK, atomic_write, claim, claim_file, digest_of, file_digest, read_json, write_json,
 )
@@ -42,8 +42,9 @@ from spherical_lfm.fidelity import (
 from .paths import ARMS, arm_path
 from .probes import find_partners, probe_swaps, swap_strip
 from .sampling import LoadedRun, Sampler, load_run, sample
+from .sit import SiT
 from .sphere import project
-from .tokenizers import Tokenizer, load_tokenizer, wants_statistics
+from .tokenizers import Tokenizer, load_tokenizer, made_for_sphere, wants_statistics
 from .training import TrainConfig, Trainer
 from .concentration import linear_radial_share
 
@@ -173,7 +174,12 @@ def read_preset(
     _check_fields(path, given.get('sampler', {}), Sampler, 'sampler')
     missing = [k for k in ('tokenizer', 'image_size', 'train') if k not in given]
     if missing: raise ValueError(f'{path} has no {missing[0]}: give it')
-    return Preset(**given)
+    try:
+        preset = Preset(**given)
+        TrainConfig(**preset.train)
+    except TypeError as e:
+        raise ValueError(f'{path} has a value of the wrong kind ({e}): use a file that compare has left') from e
+    return preset
 
 # %% ../nbs/12_experiments.ipynb #fd313cfb
 #: Times at which `geometry` follows the paths.
@@ -468,11 +474,20 @@ def _cached_in(folder: Path) -> tuple | None:
 # %% ../nbs/12_experiments.ipynb #547307f6
 def _warn_of_decoder(preset: Preset, arms: tuple):
     "Say so if spherical arms are to be decoded by a decoder that never saw projected tokens."
-    if not any(arm_path(arm).spherical for arm in arms): return
-    if not load_tokenizer(preset.tokenizer, spherical=True).for_sphere:
+    unprepared = any(arm_path(arm).spherical for arm in arms) and not made_for_sphere(preset.tokenizer)
+    if unprepared and processes().is_main_process:
         warnings.warn(f'the decoder of {preset.tokenizer} was not finetuned behind the projection, so spherical arms '
                       'are judged by one that never saw projected tokens: run slfm_finetune and give the folders '
                       'that it leaves as tokenizer and control', stacklevel=3)
+
+def _check_preset(preset: Preset, arms: tuple):
+    "Refuse, before images are encoded for hours, what would fail only after that."
+    for arm in arms:
+        TrainConfig(arm=arm, **preset.train)
+    with torch.device('meta'):
+        SiT.from_name(TrainConfig(**preset.train).model, input_size=16, in_channels=1, num_classes=1)
+    Encoding(dtype=preset.dtype, precision=preset.sampler.precision)
+    all_parts(preset.extractor)
 
 # %% ../nbs/12_experiments.ipynb #d54d3dbc
 def compare(
@@ -491,15 +506,15 @@ def compare(
     Raises `ValueError` for unknown arms or presets.
     """
     preset = get_preset(preset) if isinstance(preset, str) else preset
-    for arm in arms:
-        arm_path(arm)
+    _check_preset(preset, arms)
     source = images if isinstance(images, ImageSource) else ImageSource(images, preset.image_size)
+    known = prepare_reference(preset, source, Path(out)) if preset.reference else None # a bad file is seen at once
     apart_from(source, out)
     out = claim(out, 'a comparison')
     _warn_of_decoder(preset, arms)
     on_main(lambda: save_preset(preset, out/'preset.yaml'))
     tokenizer = prepare_latents(preset, source, out/'latents', progress)
-    reference = prepare_reference(preset, source, out, progress)
+    reference = known or prepare_reference(preset, source, out, progress)
     if workers > 1 and processes().num_processes == 1:
         _side_by_side(workers, arms, preset, reference, out, seed, curve, progress)
     rows = {arm: run_arm(preset, arm, out/'latents', reference, out/arm, seed, curve, progress) for arm in arms}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBSET', 'SHARD', 'METRICS', 'GaussianMoments', 'save_reference', 'load_reference', 'npz_batches', 'is_npz',
-           'score_features', 'protocol_of', 'differences', 'apportion', 'mixture_of', 'evaluate', 'Pieces', 'generate',
-           'remove_features', 'measure_reference']
+           'score_features', 'protocol_of', 'differences', 'apportion', 'mixture_of', 'evaluate', 'Pieces',
+           'check_save', 'generate', 'remove_features', 'measure_reference']
 
 # %% ../nbs/11_fidelity.ipynb #466f7f58
 import hashlib
@@ -454,6 +454,12 @@ class Pieces:
         check_range(1, shard=self.shard, batch_size=self.batch_size, decode_size=self.decode_size)
 
 # %% ../nbs/11_fidelity.ipynb #db6800e5
+def check_save(
+    save: str # a way to keep images
+):
+    "Raises `ValueError` for a way that there is not."
+    if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
+
 def generate(
     out: str | Path,              # folder for shards of features; what is there and fits is kept
     run: LoadedRun,               # model, path, and a record whose 'weights' tell models apart
@@ -465,7 +471,7 @@ def generate(
     pieces: Pieces = Pieces()     # shards, batches, progress bar
 ) -> dict: # parts of the extractor -> [N, f], and 'y' [N]; on the main process, empty on others
     "Sample, decode and extract features, on every process a share. Raises `ValueError` for an unknown way to save."
-    if save not in ('none', 'png', 'npz'): raise ValueError(f"save must be 'none', 'png' or 'npz', got {save!r}")
+    check_save(save)
     sample(run.model, run.path, labels[:0], sampler) # none: refuses what cannot be, before anything is written
     plan = dict(count=len(labels), labels=hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
                 extractor=extractor, identity=run.record['weights'], decoder=tokenizer.identity, path=repr(run.path),
@@ -670,4 +676,4 @@ def measure_reference(
                     _measure_shard(job, k, _extract_shard(rows, extract, parts))
                     bar.update()
             job.finish(lambda notes: _merge_shards(job, notes, path))
-    return load_reference(path, extractor)
+    return on_main(lambda: load_reference(path, extractor))

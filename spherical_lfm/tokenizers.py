@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LatentTransform', 'Tokenizer', 'digits_autoencoder', 'channel_stats', 'train_digits_tokenizer', 'load_tokenizer',
-           'measure_statistics', 'channel_rows', 'standardise', 'wants_statistics', 'with_statistics']
+           'made_for_sphere', 'measure_statistics', 'channel_rows', 'standardise', 'wants_statistics',
+           'with_statistics']
 
 # %% ../nbs/04_tokenizers.ipynb #feeb8f43
 import json
@@ -482,6 +483,12 @@ def _read_record(place: str | Path) -> dict:
     file = Path(place)/'tokenizer.json'
     if not file.exists(): return {}
     return read_json(file, 'record of a tokenizer', 'save the tokenizer again', ('transform',))
+
+def made_for_sphere(
+    name_or_path: str | Path # as for `load_tokenizer`
+) -> bool: # as far as its record says
+    "Whether the decoder that decodes spherical arms was finetuned behind the projection. No weights are read."
+    return bool(_read_record(_locate(name_or_path, True)[0]).get('spherical'))
 
 # %% ../nbs/04_tokenizers.ipynb #6f04801c
 def _cast(tokenizer: Tokenizer, dtype: torch.dtype):

@@ -12,7 +12,7 @@ from spherical_lfm.engine.features import all_parts, extract_features
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.weights import TOKENIZERS
-from spherical_lfm.experiments import PRESETS, get_preset
+from spherical_lfm.experiments import PRESETS, get_preset, save_preset
 from spherical_lfm.fidelity import measure_reference
 from spherical_lfm.paths import SlerpPath
 from spherical_lfm.sampling import Sampler, sample
@@ -236,6 +236,11 @@ def test_table_is_aligned():
         for end in ends: assert line[end - 1] != ' ' and line[end:end + 2].strip() == '', line
     latents = next(line for line in lines if line.startswith('  latents'))
     assert latents.split()[1:5] == ['1.5', 'MB', '1.5', 'MB'] and latents.endswith('1 shard, 16 x 4 x 4 float32')
+
+
+def test_a_plan_of_a_file_needs_the_number_of_images(tmp_path):
+    save_preset(PRESETS['digits'], tmp_path/'mine.yaml')
+    with pytest.raises(SystemExit, match='give --count as well'): cli.slfm_compare([str(tmp_path/'mine.yaml'), '--plan'])
 
 
 def test_the_command_plans_and_touches_nothing(monkeypatch, tmp_path, capsys):

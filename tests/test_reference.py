@@ -69,6 +69,24 @@ def test_an_interrupted_reference_goes_on(tmp_path, monkeypatch):
     assert sorted(f.suffix for f in (tmp_path/'r').iterdir() if f.name[0] != '.') == ['.json', '.npz']
 
 
+def test_shards_of_another_size_are_not_taken_for_these(tmp_path, monkeypatch):
+    "Interrupted after a shard of 300, begun again in shards of 500: every image counts once."
+    def stop(job, notes, path): raise OSError('no space left')
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, '_merge_shards', stop)
+        with pytest.raises(OSError, match='no space left'): measure_reference(DIGITS, tmp_path/'r', 'digits', shard=300, progress=False)
+    found = measure_reference(DIGITS, tmp_path/'r', 'digits', shard=500, progress=False)
+    want = extract_features(digits_images('train')[0], 'digits').double().mean(0)
+    assert found['count'] == 1438
+    np.testing.assert_allclose(found['mu'], want, atol=1e-5)
+
+
+def test_a_hole_in_the_middle_is_seen(tmp_path):
+    job = ShardedJob(claim(tmp_path/'out', 'numbers'), 'numbers', {}, 40, 10)
+    for k in (0, 2, 3): job.write(k, {'x': torch.zeros(10)})
+    with pytest.raises(OSError, match='3 of 4 shards are to be seen'): job.notes()
+
+
 def test_missing_shards_are_shared_evenly(tmp_path, monkeypatch):
     "Of seven shards two are there: nobody waits for more than one shard of another process."
     def job(): return ShardedJob(claim(tmp_path/'out', 'numbers'), 'numbers', {}, 70, 10)
@@ -111,7 +129,7 @@ def test_kid_precision_and_recall_look_at_a_fixed_choice():
     some = fidelity._subset(rows)
     assert len(some) == SUBSET and len(some.unique()) == SUBSET and torch.equal(some, fidelity._subset(rows))
     assert some.mean() == pytest.approx((SUBSET + 4999)/2, rel=.02), 'not the beginning'
-    assert fidelity._subset(rows[:SUBSET]) is not None and torch.equal(fidelity._subset(rows[:SUBSET]), rows[:SUBSET])
+    assert torch.equal(fidelity._subset(rows[:SUBSET]), rows[:SUBSET])
 
 
 def test_a_protocol_says_how_many_were_looked_at():
@@ -140,10 +158,22 @@ def test_a_preset_is_a_file_and_back(tmp_path, name):
     ('tokenizer: [', 'is no YAML'), ('3', 'is no mapping'), ('steps: 3', 'has no steps: choose from'),
     ('train: {rate: 3}', 'train of .* has no rate: choose from'), ('train: 3', 'train of .* is no mapping'),
     ('sampler: {stps: 3}', 'sampler of .* has no stps'), ('tokenizer: a', 'has no image_size'),
+    ('{tokenizer: a, image_size: 16, train: {}, guidances: 3}', 'a value of the wrong kind'),
+    ('{tokenizer: a, image_size: 16, train: {steps: many}}', 'steps|a value of the wrong kind'),
 ])
 def test_a_preset_with_a_mistake(tmp_path, text, message):
     (tmp_path/'p.yaml').write_text(text)
     with pytest.raises(ValueError, match=message): ex.get_preset(tmp_path/'p.yaml')
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(train={'lr': -1.}), 'lr must be'), (dict(train={'model': 'SiT-Q/2'}), 'SiT-Q/2'), (dict(train={'jacobi': True}), 'the Jacobi weight belongs to slerp'),
+    (dict(dtype='fp16'), 'dtype must be float32 or bf16'), (dict(extractor='clip'), 'unknown extractor'), (dict(reference='none.npz'), 'no .npz file at none.npz'),
+])
+def test_what_would_fail_late_is_refused_before_an_image_is_encoded(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(ex, 'prepare_latents', lambda *_: pytest.fail('images were encoded'))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ex.compare(replace(ex.PRESETS['digits'], **change), out=tmp_path/'out', progress=False)
 
 
 @pytest.mark.parametrize('able', [True, False])

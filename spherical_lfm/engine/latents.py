@@ -20,7 +20,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import gather_object
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,6 +28,7 @@ from torch import Tensor
 from .checks import check_range, check_tokens
 from .files import _sha256, claim, digest_of, locked, read_json, remove_listed, write_json
 from .images import ImageSource, apart_from
+from .processes import gathered
 from .runs import DataOrder, Prefetcher, Stream, seeded_generator
 from .shards import ShardedJob, image_chunks
 from typing import Any
@@ -104,19 +104,21 @@ def _plan(tokenizer: Any, source: ImageSource, order: Tensor | None, encoding: E
     return {'format': 3, **settings, 'tokenizer': made_by, 'source': source.record, 'order': numbers}
 
 # %% ../../nbs/engine/latents.ipynb #81b589fe
-def _write_index(job: ShardedJob, plan: dict, source: ImageSource, notes: list[dict]):
+def _write_index(job: ShardedJob, plan: dict, source: ImageSource, notes: list[dict]) -> dict:
     "Make a complete set of shards the one that is read, then remove those which it replaces."
     made, keys = [n for n in notes if n['count']], ('file', 'count', 'bytes', 'sha256')
     skipped = [s for n in notes for s in n['skipped']]
     if not made:
         remove_listed(job.out, [f.name for f in job.out.glob(f'{job.stem}-*.json')])
         raise ValueError(f'{source.source} gave no readable image ({len(skipped)} skipped): give another source')
-    write_json(job.out/'index.json', plan | {
+    index = plan | {
         'count': sum(n['count'] for n in made),
         'shape': made[0]['shape'],
         'source': plan['source'] | {'skipped': skipped},
-        'shards': [{k: n[k] for k in keys} for n in made]})
+        'shards': [{k: n[k] for k in keys} for n in made]}
+    write_json(job.out/'index.json', index)
     job.forget_others()
+    return index
 
 # %% ../../nbs/engine/latents.ipynb #84cd734d
 def encode_latents(
@@ -144,8 +146,7 @@ def encode_latents(
             for k, rows, skipped in image_chunks(job, source, order):
                 _encode_shard(job, k, tokenizer, rows, skipped, encoding)
                 bar.update()
-        job.finish(lambda notes: _write_index(job, plan, source, notes))
-    index = json.loads((out/'index.json').read_text())
+        index = job.finish(lambda notes: _write_index(job, plan, source, notes))
     source.skipped = index['source']['skipped']
     return index
 
@@ -377,7 +378,7 @@ def place_latents(
 
     Raises `ValueError`, on all processes at once, if they are wanted where they do not fit.
     """
-    refused = [r for r in gather_object([_refusal(data, resident, device)]) if r]
+    refused = [r for r in gathered(_refusal(data, resident, device)) if r]
     if refused: raise ValueError(refused[0])
     if resident == 'host': return data.to('cpu')
     fits = device.type == 'cuda' and data.bytes < free_bytes(device)/3

@@ -46,7 +46,8 @@ class ShardedJob:
         count: int | None, # items in all; None for a stream whose length nobody knows
         size: int          # items per shard
     ):
-        self.out, self.count, self.size, self.stem = out, count, size, f'{kind}-{digest_of(plan)[:8]}'
+        # shards of another size hold other items
+        self.out, self.size, self.stem = out, size, f'{kind}-{digest_of(plan, count, size)[:8]}'
         self.shards = None if count is None else -(-count//size)
         self.mine = on_main(self._begin)[processes().process_index::processes().num_processes]
 
@@ -133,10 +134,10 @@ def image_chunks(
 @patch
 def notes(self: ShardedJob) -> list[dict]: # in order
     "The notes of all shards. Raises `OSError` if some are not to be seen."
-    files = sorted(self.out.glob(f'{self.stem}-*.json'))
-    found = [note for k in range(len(files)) if (note := self.note(k))]
-    if self.shards is None or len(found) == self.shards: return found
-    raise OSError(f'{len(found)} of {self.shards} shards are to be seen in {self.out}: '
+    count = len([*self.out.glob(f'{self.stem}-*.json')]) if self.shards is None else self.shards
+    found = [note for k in range(count) if (note := self.note(k))]
+    if len(found) == count: return found
+    raise OSError(f'{len(found)} of {count} shards are to be seen in {self.out}: '
                   'if it is a network drive, wait a little, then run the same command again')
 
 @patch

@@ -41,9 +41,9 @@ from ..engine.processes import default_device, on_main, peers_alive, processes, 
 from ..engine.report import environment
 from ..engine.runs import dtype_of, newest_checkpoint
 from ..decoder import FinetuneConfig
-from ..experiments import Preset, compare, decoder_name, get_preset
+from ..experiments import PRESETS, Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
-    _draw_numbered, differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side,
+    _draw_numbered, check_save, differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side,
     protocol_of, save_npz, save_reference, score_features, side_of, source_batches,
 )
 from ..paths import ARMS, arm_path
@@ -316,6 +316,8 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 # %% ../../nbs/tools/cli.ipynb #495f777b
 def _print_plan(preset: Preset, name: str, count: int, arms: tuple, out: str, curve: bool):
     "What a comparison needs on this machine and on eight H100."
+    if name not in PRESETS and not count:
+        raise ValueError(f'how many images {name} is for is not known: give --count as well')
     if not processes().is_main_process: return
     images, classes = known_data(name)
     machines = this_machine(out), H100
@@ -729,8 +731,7 @@ class _Scoring:
     steps: int = 250           # solver steps
 
     def __post_init__(self):
-        if self.save not in ('none', 'png', 'npz'):
-            raise ValueError(f"save must be 'none', 'png' or 'npz', got {self.save!r}")
+        check_save(self.save)
 
 # %% ../../nbs/tools/cli.ipynb #4857ff26
 def _open_run(run: str, what: _Checkpoint, sampler: Sampler) -> tuple[LoadedRun, Any]: # with its tokenizer
