@@ -1,6 +1,7 @@
 """The matched experiment on photographs behind chapter 12: CIFAR-10 at 64 px through TAEF2, the four arms and what the paper's last row confounds.
 
     python scripts/study_cifar.py                                    on a GPU: preset cifar10-taef2
+    python scripts/study_cifar.py --short --deadline 420             on a GPU that is there for minutes: 4,000 steps, 5,000 samples
     python scripts/study_cifar.py --preset cifar10-taef2-small --workers 2   on two CPU cores
     python scripts/study_cifar.py --preset cifar10-taef2-small --scale 0.01 --out DIR   a tiny rehearsal
 
@@ -13,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,13 +45,16 @@ from spherical_lfm.sampling import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = 'spherical-slerp without projection'
+ENDS = 'vanilla-linear', 'spherical-slerp'
 COUNTS = (5, 10, 25, 50, 250)
+SHORT = dict(steps=4000, lr=5e-4, warmup=400, ema_decay=.998, checkpoint_every=4000) # a twelfth of the steps of cifar10-taef2, chosen before any run
 
 
 def setting(args):
     "Preset with local decoders, at the wanted scale, and the images."
     preset, scaled = get_preset(args.preset), lambda n: max(2, round(n*args.scale))
     preset = replace(preset, tokenizer=str(args.decoders/'spherical'/'tokenizer'), control=str(args.decoders/'control'/'tokenizer'))
+    if args.short: preset = replace(preset, train=preset.train | SHORT, samples=5000, curve_samples=5000, reference_count=10_000, guidances=(1.,), metrics=('fid', 'kid', 'is', 'prc'))
     if args.scale != 1:
         train = preset.train | dict(steps=3*scaled(preset.train['steps']//3), checkpoint_every=scaled(preset.train['steps']//3), log_every=1)
         few = max(20, scaled(preset.samples))
@@ -70,7 +75,7 @@ def floor(preset, source: ImageSource, runs: Path) -> dict:
     reference = prepare_reference(preset, source, runs)
     order = source.shuffled(0)[preset.reference_count:][:preset.samples] # the reference is the beginning of this order
     found = extract_features((x for x, _ in source.batches(64, order)), preset.extractor, parts=all_parts(preset.extractor))
-    return score_features(found, reference, extractor=preset.extractor) | {'samples': len(found['features']), 'reference_count': reference['count']}
+    return score_features(found, reference, preset.metrics, extractor=preset.extractor) | {'samples': len(found['features']), 'reference_count': reference['count']}
 
 
 def job(args, name: str):
@@ -97,7 +102,7 @@ def job(args, name: str):
     sampler = replace(preset.sampler, guidance=preset.guidances[0], seed=seed)
     if kind == 'train':
         if arm == RAW: preset = replace(preset, train=preset.train | {'project_velocity': False})
-        result = run_arm(preset, base, latents, reference, run, seed, curve=seed == 0 and arm != RAW or arm in ('vanilla-linear', 'spherical-slerp')) | {'arm': arm, 'seed': seed}
+        result = run_arm(preset, base, latents, reference, run, seed, curve=seed == 0 and arm != RAW or arm in ENDS) | {'arm': arm, 'seed': seed}
     elif kind == 'sweep':
         n, exponential = int(what[2]), what[3] == 'exponential'
         drawn = load_run(run, steps, default_device())
@@ -118,7 +123,7 @@ def plan(args) -> dict:
         'latents': ['prepare'],
         'reference': ['reference'],
         'floor': ['floor'],
-        'train': [f'train:{arm}:{s}' for s in seeds for arm in ('vanilla-linear', 'spherical-slerp', 'spherical-linear', 'vanilla-shell')] + [f'train:{RAW}:0'],
+        'train': [f'train:{arm}:{s}' for s in seeds for arm in ENDS] + [f'train:{RAW}:0'] + [f'train:{arm}:{s}' for s in seeds for arm in ('spherical-linear', 'vanilla-shell')],
         'sweep': [f'sweep:{arm}:0:{n}:{how}' for n in COUNTS for arm in ('spherical-slerp', RAW) for how in ('exponential', 'renormalise')],
         'swap': [f'swap:{arm}:{s}' for s in seeds for arm in ARMS],
     }
@@ -137,7 +142,7 @@ def collect(args):
     curves = {f'{r["arm"]} {r["seed"]}': [{k: line[k] for k in ('step', 'loss_over_power', 'loss_q1', 'loss_q2', 'loss_q3', 'loss_q4', 'data_wait')} for line in map(json.loads, (folder(args, r['arm'], r['seed'])/'log.jsonl').read_text().splitlines()) if 'loss_over_power' in line] for r in rows}
     every = lambda lines: lines[max(0, len(lines)//48 - 1)::max(1, len(lines)//48)]
     described = {k: v for k, v in asdict(preset).items() if k not in ('tokenizer', 'control')}
-    name = args.out/f'{args.preset.replace("-", "_")}.json'
+    name = args.out/f'{args.preset.replace("-", "_")}{"_short"*args.short}.json'
     write_json(claim_file(name), {'rows': rows, 'reached': reached, **found, 'losses': {k: every(v) for k, v in curves.items()}, 'preset': described, 'environment': environment(list(range(args.seeds)))})
     for r in rows:
         grid = folder(args, r['arm'], r['seed'])/'samples.png'
@@ -147,17 +152,20 @@ def collect(args):
 
 
 def main(args):
-    "Stage after stage, several jobs at a time on a CPU."
+    "Stage after stage; several jobs at a time, each in a process of its own, on a CPU."
+    began = time.monotonic()
     here = [sys.executable, __file__, *sys.argv[1:]]
-    threads = {'OMP_NUM_THREADS': '1'} if args.workers > 1 else {}
     def work(name):
-        print(name, flush=True)
+        late = time.monotonic() - began
+        if late > args.deadline: return
+        print(f'{late:.0f} s: {name}', flush=True)
+        if args.workers == 1: return job(args, name) # here: a process begins by compiling
         several = ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(args.workers), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
-        call = [sys.executable, *(several if name == 'prepare' and args.workers > 1 else []), *here[1:], '--job', name]
-        subprocess.run(call, check=True, env=os.environ | threads)
+        call = [sys.executable, *(several if name == 'prepare' else []), *here[1:], '--job', name]
+        subprocess.run(call, check=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     for stage, jobs in plan(args).items():
         if stage not in args.stages: continue
-        with ThreadPoolExecutor(args.workers) as pool: list(pool.map(work, jobs))
+        with ThreadPoolExecutor(args.workers) as pool: list((pool.map if args.workers > 1 else map)(work, jobs)) # signals reach the main thread alone
     if 'collect' in args.stages: collect(args)
 
 
@@ -171,6 +179,8 @@ if __name__ == '__main__':
     parser.add_argument('--seeds', type=int, default=2, help='seeds 0 to this minus one')
     parser.add_argument('--workers', type=int, default=1, help='jobs at a time')
     parser.add_argument('--scale', type=float, default=1., help='fraction of steps and samples')
+    parser.add_argument('--short', action='store_true', help='4,000 steps and 5,000 samples')
+    parser.add_argument('--deadline', type=float, default=float('inf'), help='begin no job after so many seconds, and collect what there is')
     parser.add_argument('--stages', nargs='+', default=['latents', 'reference', 'floor', 'train', 'sweep', 'swap', 'collect'], help='which parts, in this order')
     parser.add_argument('--job', help='one job only, as the script calls itself')
     args = parser.parse_args()

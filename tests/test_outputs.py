@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_scripts_refuse_a_strangers_results(tmp_path, monkeypatch):
     write_json(tmp_path/'new.json', {'environment': {}})
     before = contents(tmp_path)
     works = [lambda: make_data.results(tmp_path, .01), lambda: make_data.solvers(tmp_path, .01), lambda: make_data.evolution(tmp_path, .01),
-             lambda: study_taef2.keep(tmp_path/'results', geometry=tmp_path/'new.json'), lambda: gpu_run.store(tmp_path/'results'/'gpu_tests.json', {})]
+             lambda: study_taef2.keep(tmp_path/'results', geometry=tmp_path/'new.json'), lambda: gpu_run.store(SimpleNamespace(out=tmp_path/'results', commit=''), 'gpu_tests.json', {})]
     for work in works:
         with pytest.raises(FileExistsError, match='was not made by this program'): work()
     assert contents(tmp_path) == before

@@ -161,14 +161,6 @@ def test_compile_and_vmap(name):
     torch.testing.assert_close(tuple(map(strip, single)) if isinstance(single, tuple) else strip(single), want, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@pytest.mark.parametrize('name', FUNCTIONS)
-def test_cuda_gives_the_same(name):
-    z, w, t = sample_sphere((64, 32, 4, 4)), sample_sphere((64, 32, 4, 4)), torch.rand(64)
-    here, there = FUNCTIONS[name](z, w, t), FUNCTIONS[name](z.cuda(), w.cuda(), t.cuda())
-    for a, b in zip(*((x,) if torch.is_tensor(x) else x for x in (here, there))): torch.testing.assert_close(a, b.cpu(), atol=2e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize('call,words', [
     (lambda: project(torch.zeros(3, 1)), 'at least 2 channels'), (lambda: project(torch.ones(3, 4), radius=0), 'radius must be positive'),
     (lambda: project(torch.ones(3, 4), dim=2), 'names no axis'), (lambda: slerp(torch.ones(2, 4), torch.ones(3, 4), .5), 'one shape'),

@@ -249,14 +249,3 @@ def test_bf16_and_compile_train(latents, tmp_path, monkeypatch):
         trainer.fit(progress=False)
         assert [r['loss'] for r in trainer.log()] == pytest.approx([r['loss'] for r in plain.log()], rel=2e-2)
         load_run(tmp_path/name)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-@pytest.mark.parametrize('extra', [{}, dict(precision='bf16'), dict(compile=True), dict(checkpointing=True, accumulate=2)])
-def test_cuda_trains_as_the_cpu_does(latents, tmp_path, extra):
-    "The first losses: noise is drawn by another generator there, so they agree as means of many tokens do. Latents move to the GPU."
-    trainer = Trainer(TrainConfig(steps=4, **CONFIG | {'batch_size': 256} | extra), LatentDataset(latents, project=project), tmp_path)
-    assert trainer.device.type == trainer.data.y.device.type == 'cuda'
-    trainer.fit(progress=False)
-    assert trainer.log()[0]['loss_over_power'] == pytest.approx(1., abs=.02) and trainer.log()[-1]['loss'] < trainer.log()[0]['loss']
-    assert load_run(tmp_path)[2]['step'] == 4

@@ -27,7 +27,7 @@ from ..engine.images import ImageSource
 from ..engine.latents import DTYPES, Encoding, LatentDataset, encode_latents
 from ..engine.processes import default_device
 from ..fidelity import Pieces, generate
-from ..paths import LinearPath, SlerpPath
+from ..paths import FlowPath, LinearPath, SlerpPath
 from ..sampling import LoadedRun, Sampler, sample
 from ..solvers import METHODS
 from ..sit import SiT
@@ -130,26 +130,43 @@ def matmul_floor(
     return work, float(sum(6*b*n*k*m for b, n, k, m in shapes))
 
 # %% ../../nbs/tools/bench.ipynb #3fd76543
-def _training_step(model: str, path, batch: tuple, precision: str, compiled: bool) -> tuple: # net, step, its end
-    "A whole optimisation step on one batch, and its optimiser and average alone."
-    z0, z1, t, y = batch
-    net = SiT.from_name(model, input_size=z0.shape[-1], in_channels=32, num_classes=10).to(default_device())
+def _ending(net: SiT) -> Callable:
+    "What ends a step: AdamW in one pass, and the average."
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer, update = torch.optim.AdamW(trained, 1e-4, fused=True), get_ema_multi_avg_fn(.999)
     weights = [p.detach() for p in trained]
     average = [w.clone() for w in weights]
-    loss_fn = torch.compile(flow_loss, dynamic=False) if compiled else flow_loss
     def finish():
         optimizer.step()
         with torch.no_grad():
             update(average, weights, 0)
+    return finish
+
+def _step(net: SiT, path: FlowPath, batch: tuple, precision: str, loss_fn: Callable, finish: Callable) -> Callable:
+    "A whole optimisation step on one batch."
     def step():
-        optimizer.zero_grad()
+        net.zero_grad()
         with torch.autocast(default_device().type, torch.bfloat16, enabled=precision == 'bf16'):
-            loss = loss_fn(net, path, z0, z1, t, y)[0].mean()
+            loss = loss_fn(net, path, *batch)[0].mean()
         loss.backward()
         finish()
-    return net, step, finish
+    return step
+
+# %% ../../nbs/tools/bench.ipynb #cdc533ea
+def _plain_step(net: SiT, batch: tuple) -> Callable:
+    "A training step as SiT's paper describes it: float32, the straight path, nothing compiled or fused."
+    z0, z1, t, y = batch
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer, average = torch.optim.AdamW(trained, 1e-4, weight_decay=0), [p.detach().clone() for p in trained]
+    def step():
+        optimizer.zero_grad()
+        s = t.view(-1, 1, 1, 1)
+        loss = (net((1 - s)*z0 + s*z1, t, y) - (z1 - z0)).square().mean()
+        loss.backward()
+        optimizer.step()
+        for a, p in zip(average, trained):
+            a.mul_(.9999).add_(p.detach(), alpha=1e-4)
+    return step
 
 # %% ../../nbs/tools/bench.ipynb #bdd30f3a
 def _step_rates(times: dict, batch_size: int, flops: float, floor_flops: float, peak: float) -> dict:
@@ -157,6 +174,8 @@ def _step_rates(times: dict, batch_size: int, flops: float, floor_flops: float, 
     middle = {k: statistics.median(v) for k, v in times.items()}
     rate = flops/middle['slerp']
     shares = [flops/s/(floor_flops/f) for s, f in zip(times['slerp'], times['floor'])]
+    ratios = {'slerp_over_linear': ('slerp', 'linear'), 'compiled_over_eager': ('slerp', 'eager'),
+              'plain_over_ours': ('plain', 'slerp')}
     return {
         'ms_per_step': {k: round(1e3*v, 3) for k, v in middle.items()},
         'images_per_second': round(batch_size/middle['slerp'], 2),
@@ -165,9 +184,7 @@ def _step_rates(times: dict, batch_size: int, flops: float, floor_flops: float, 
         'mfu': round(rate/peak, 4),
         'same_shapes_tflops': round(floor_flops/middle['floor']/1e12, 4),
         'of_same_shapes': round(statistics.median(shares), 4),
-        'slerp_over_linear': round(ratio_of(times, 'slerp', 'linear'), 4),
-        'compiled_over_eager': round(ratio_of(times, 'slerp', 'eager'), 4) if 'eager' in times else None,
-    }
+    } | {k: round(ratio_of(times, a, b), 4) if {a, b} <= set(times) else None for k, (a, b) in ratios.items()}
 
 # %% ../../nbs/tools/bench.ipynb #683dd381
 def bench_train(
@@ -176,7 +193,8 @@ def bench_train(
     side: int = 16,              # of the latents, 32 channels
     precision: str = 'float32',  # 'float32' or 'bf16'
     rounds: int = 5,             # steps of each kind, in turn
-    eager: bool = True           # time the step without torch.compile as well
+    eager: bool = True,          # time the step without torch.compile as well
+    plain: bool = False          # and a step as SiT's paper describes it, in float32
 ) -> dict: # JSON-ready
     """Whole optimisation steps of slerp and linear, compiled, and of slerp without, against bare matrix products.
 
@@ -184,11 +202,14 @@ def bench_train(
     a large square one. 'optimiser' is AdamW and the average alone.
     """
     cuda, batch = torch.cuda.is_available(), _random_batch(batch_size, side)
-    net, slerp, finish = _training_step(model, SlerpPath(), batch, precision, True)
+    if cuda: torch.set_float32_matmul_precision('high') # TF32, as the trainer does
+    net = SiT.from_name(model, input_size=side, in_channels=32, num_classes=10).to(default_device())
     floor, floor_flops = matmul_floor(net, batch_size, precision)
-    linear = _training_step(model, LinearPath(), batch, precision, True)[1]
+    finish, compiled = _ending(net), torch.compile(flow_loss, dynamic=False)
+    slerp, linear = (_step(net, path, batch, precision, compiled, finish) for path in (SlerpPath(), LinearPath()))
     works = {'slerp': slerp, 'optimiser': finish, 'linear': linear, 'floor': floor}
-    if eager: works['eager'] = _training_step(model, SlerpPath(), batch, precision, False)[1]
+    if eager: works['eager'] = _step(net, SlerpPath(), batch, precision, flow_loss, finish)
+    if plain: works['plain'] = _plain_step(net, batch)
     if cuda: torch.cuda.reset_peak_memory_stats()
     times = time_all(works, rounds, 2)
     flops, peak = 3*batch_size*model_flops(net), matmul_peak(default_device().type, precision)
