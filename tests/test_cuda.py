@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_devices import PATHS, PROBES, SAMPLERS, SPHERE, TOKENIZERS, Y, T, latent, network, small_kl, walk
+from test_devices import PATHS, PROBES, SAMPLERS, SPHERE, TOKENIZERS, T, Y, latent, network, small_kl, walk
 from torch.utils._pytree import tree_leaves
 
 from spherical_lfm import experiments, probes, sphere, training
@@ -255,9 +255,9 @@ def test_memory_that_runs_out(cache, tmp_path):
 def test_a_decoder_is_finetuned(tmp_path):
     source = ImageSource('digits')
     config = FinetuneConfig(steps=3, batch_size=4, perceptual='none', discriminator_start=1, log_every=1)
-    trainer = DecoderTrainer(config, load_tokenizer('digits', spherical=True), source, tmp_path/'d')
+    trainer = DecoderTrainer(load_tokenizer('digits', spherical=True), source, config, tmp_path/'d')
     trainer.fit(progress=False)
-    assert trainer.device.type == GPU.type and all(torch.isfinite(torch.tensor(r['loss'])) for r in trainer.log())
+    assert trainer.accelerator.device.type == GPU.type and all(torch.isfinite(torch.tensor(r['loss'])) for r in trainer.log())
 
 
 def test_a_comparison_end_to_end(tmp_path):
