@@ -875,6 +875,7 @@ _BENCH_HELP = dict(
     steps='solver steps, or training steps that are timed',
     size='side of the images in pixels; 256, for digits 16',
     count='images, or latents on disk',
+    no_linear='leave out the step of the straight path',
     no_eager='leave out the step without torch.compile',
 )
 
