@@ -26,6 +26,7 @@ from spherical_lfm.engine.report import environment
 from spherical_lfm.experiments import PRESETS, compare
 from spherical_lfm.paths import ARMS
 from spherical_lfm.sampling import Sampler
+from spherical_lfm.tools.cli import slfm_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +79,7 @@ def warm(args):
 
 def agree(args):
     "The tests that compare a GPU with a CPU; the one that fills the memory of the GPU comes in part `full`."
-    tests(args, 'gpu_tests.json', 'not memory_that_runs_out', *(['-n', '8'] if not args.rehearse else []))
+    tests(args, 'gpu_tests.json', 'not memory_that_runs_out', *(['-n', str(os.cpu_count()//2)] if not args.rehearse else []))
 
 
 def full(args):
@@ -90,20 +91,22 @@ def tests(args, name: str, which: str, *more):
     "Run tests/test_cuda.py and store what came out."
     where = {'SLFM_TEST_DEVICE': 'cpu'} if args.rehearse else {}
     if args.rehearse: which = f'({which}) and (geometry or paths)'
-    command = [sys.executable, '-m', 'pytest', '-o', 'addopts=', '-rf', '--tb=short', *more, '-k', which, 'tests/test_cuda.py']
+    command = [sys.executable, '-m', 'pytest', '-o', 'addopts=', '-v', '--tb=short', *more, '-k', which, 'tests/test_cuda.py']
     there = os.environ | where | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=there)
-    counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|deselected|error)', done.stdout[-300:])}
-    store(args, name, {'counts': counts, 'failed': re.findall(r'^FAILED \S*::(.*)$', done.stdout, re.M)})
-    if done.returncode: raise RuntimeError(done.stdout[-6000:] + done.stderr[-1000:])
+    log = args.out/name.replace('.json', '.log')
+    with open(log, 'w') as f: done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=there)
+    said = log.read_text()
+    counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|deselected|error)', said[-300:])}
+    store(args, name, {'counts': counts, 'failed': re.findall(r'^FAILED \S*::(.*)$', said, re.M)})
+    if done.returncode: raise RuntimeError(said[-6000:])
 
 
 def bench(args):
     "Speed against the measured matmul peak and a plain step: SiT-B/2 and SiT-XL/2 at 256 tokens in bf16; sampling, loading, scoring."
     for name, words in benchmarks(args).items():
-        with tempfile.TemporaryDirectory() as tmp:
-            try: _python(slfm('slfm_bench', *words, '--out', claim_file(args.out/f'gpu_{name}.json')), Path(tmp)/'log')
-            except RuntimeError: traceback.print_exc()
+        if name.partition('_')[0] not in args.bench: continue
+        slfm_bench([*map(str, words), '--out', str(claim_file(args.out/f'gpu_{name}.json'))])
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 
 def digits(args):
@@ -142,6 +145,7 @@ if __name__ == '__main__':
     parser.add_argument('--decoders', type=Path, default=Path('runs/cifar-taef2'), help='what slfm_finetune left, for part cifar')
     parser.add_argument('--runs', type=Path, default=Path('runs/gpu'), help='folder for the runs of a study')
     parser.add_argument('--cifar', nargs='*', default=[], metavar='OPTION=VALUE', help='further options of study_cifar.py, without the dashes')
+    parser.add_argument('--bench', nargs='+', default=['train', 'sample', 'loader', 'paths', 'fidelity'], help='which benchmarks')
     parser.add_argument('--commit', default='', help='the commit of an exported tree, where no git can tell it')
     args = parser.parse_args()
     args.cifar = [w for o in args.cifar for w in (f'--{o.partition("=")[0]}', *o.partition('=')[2].split(','))  if w]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .engine.checks import check_range, check_tokens
+from .engine.checks import check_range, check_tokens, out_of_memory
 from .engine.files import tensor_digest
 from .engine.runs import Stream, checkpoints, dtype_of, newest_checkpoint, seeded_generator
 from .paths import ARMS, FlowPath, arm_path, shift_time
@@ -280,6 +280,7 @@ def _read_checkpoint(folder: Path, weights: str) -> tuple[SiT, dict]:
         record = json.loads((folder/'state.json').read_text())
         return SiT.from_pretrained(folder/('ema' if weights == 'ema' else 'model')), record
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+        if out_of_memory(e): raise
         raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): choose another step') from e
 
 # %% ../nbs/09_sampling.ipynb #b44bd770

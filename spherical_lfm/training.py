@@ -204,17 +204,24 @@ def matmul_peak(
 @functools.lru_cache
 def _peak(device: str, precision: str, repeats: int, allowed: str) -> float:
     "Measure `matmul_peak`; `allowed` is how precise float32 products are at the time."
-    n, dtype = 8192 if device == 'cuda' else 1024, torch.bfloat16 if precision == 'bf16' else torch.float32
-    a, b, out = torch.rand(3, n, n, generator=seeded_generator(device, 0), device=device).to(dtype)
+    side, dtype = 8192 if device == 'cuda' else 1024, torch.bfloat16 if precision == 'bf16' else torch.float32
+    while True:
+        try:
+            return 2*side**3/_fastest_product(side, dtype, device, repeats)
+        except torch.OutOfMemoryError: # a run may need all the rest
+            if side <= 1024: raise
+            side //= 2
+
+def _fastest_product(side: int, dtype: torch.dtype, device: str, repeats: int) -> float:
+    "Seconds of the fastest of several square products."
+    a, b, out = torch.empty(3, side, side, dtype=dtype, device=device).uniform_(generator=seeded_generator(device, 0))
     best = float('inf')
     for _ in range(repeats + 1): # the first one warms up
         began = time.perf_counter()
         torch.mm(a, b, out=out)
         if device == 'cuda': torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
-    del a, b, out
-    if device == 'cuda': torch.cuda.empty_cache()
-    return 2*n**3/best
+    return best
 
 # %% ../nbs/08_training.ipynb #c57e06a9
 def _check_data(config: TrainConfig, path: FlowPath, data: LatentDataset, classes: int):

@@ -64,3 +64,8 @@ def check_range(
         if least <= value <= most: continue
         allowed = f'at least {least}' if most == math.inf else f'{least} to {most}'
         raise ValueError(f'{name} must be {allowed}, got {value}')
+
+# %% ../../nbs/engine/checks.ipynb #034eff37
+def out_of_memory(e: BaseException) -> bool:
+    "Whether an error says that there was not enough memory, on a GPU or on the host."
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and 'allocate memory' in str(e)

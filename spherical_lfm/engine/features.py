@@ -31,6 +31,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 from tqdm.auto import tqdm
 
+from .checks import out_of_memory
 from .images import digits_images, to_uint8
 from .processes import default_device
 from .weights import DATA, cached_weights, hub_advice, hub_file
@@ -108,6 +109,7 @@ def _dinov2(weights: str | Path = '') -> nn.Module:
     try:
         return timm.create_model('vit_small_patch14_dinov2', pretrained=True, **options).eval().requires_grad_(False)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
+        if out_of_memory(e): raise
         raise ValueError(f"{file} holds no weights of DINOv2 in timm's names, or is damaged "
                          f"({type(e).__name__}): give another file") from e
 

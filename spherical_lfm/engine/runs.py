@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checks import out_of_memory
 from .files import atomic_write, claim, locked, read_json, remove_listed, write_json
 from .processes import fail_together, peers_alive, told_by_main
 
@@ -280,18 +281,20 @@ def _undamaged(folder: Path):
     try:
         yield
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError) as e: # whatever else is a bug
+        if out_of_memory(e): raise
         raise ValueError(f'checkpoint {folder} is damaged ({type(e).__name__}): '
                          'remove it to resume from the one before') from e
 
 # %% ../../nbs/engine/runs.ipynb #162dabc6
 @contextmanager
-def _enough_memory(step: int, advice: str):
-    "Turn exhausted memory, of a GPU or of the host, into one sentence with advice."
+def _enough_memory(run: Any):
+    "Turn exhausted memory, of a GPU or of the host, into one sentence with a run's advice."
     try:
         yield
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e): raise
-        raise torch.OutOfMemoryError(f'out of memory at step {step}: {advice}; checkpoints are untouched') from e
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        raise torch.OutOfMemoryError(
+            f'out of memory at step {run.step}: {run.memory_advice}; checkpoints are untouched') from e
 
 # %% ../../nbs/engine/runs.ipynb #44899aec
 @contextmanager
@@ -387,7 +390,7 @@ def fit(self: ResumableRun,
     they are; `FileExistsError` if the folder is neither new nor a run of ours; `ConnectionError` if another process
     failed.
     """
-    with peers_alive():
+    with peers_alive(), _enough_memory(self): # also of what a checkpoint needs
         claim(self.out, self.purpose, make=False)
         self._start(resume)
         claim(self.out, self.purpose)
@@ -406,9 +409,7 @@ def _loop(self: ResumableRun, until: int | None, progress: bool) -> dict:
     bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not show)
     with _on_signals(self._stop_soon), _trackers(self.accelerator), closing(bar):
         while self.step < end and not self._should_stop():
-            with _enough_memory(self.step, self.memory_advice):
-                found = self.train_step()
-            self._count(found)
+            self._count(self.train_step())
             bar.update()
             if self.step % c.log_every == 0: bar.set_postfix(self._report())
             if self.step % c.checkpoint_every == 0 and self.step < end: self._save()

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .checks import out_of_memory
 from .files import read_json
 
 # %% ../../nbs/engine/weights.ipynb #904aa589
@@ -197,6 +198,7 @@ def open_tensors(
     except PermissionError:
         raise
     except Exception as e:
+        if out_of_memory(e): raise
         if odd := _strangers(path):
             raise ValueError(f'{path} holds more than tensors ({", ".join(odd[:3])}), which could run '
                              'code and stays closed: save its state dict alone') from e
@@ -251,6 +253,7 @@ def _fitting(model: nn.Module, state: dict, where) -> nn.Module:
     try:
         model.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e:
+        if out_of_memory(e): raise
         reason = ' '.join(str(e).split())[:300]
         raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {reason}') from e
     return model
@@ -416,6 +419,7 @@ def _read_model(cls: Any, folder: str | Path, where: str, options: dict) -> Any:
         reason = str(e).strip().splitlines()[0]
         raise ValueError(f'{cls.__name__} needs a package that is not installed: {reason}') from e
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
+        if out_of_memory(e): raise
         if isinstance(e, OSError) and not [*Path(where).glob('diffusion_pytorch_model*.safetensors')]:
             raise _no_autoencoder(where, folder, e) from e
         reason = str(e).splitlines()[0]
@@ -458,9 +462,8 @@ def cached_weights(
     """
     try:
         return load()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:
+        if out_of_memory(e): raise
         file = Path(torch.hub.get_dir())/'checkpoints'/Path(url).name
         if file.is_file():
             raise ValueError(f'{what} in {file} are damaged or foreign ({type(e).__name__}): '
