@@ -50,7 +50,7 @@ def benchmarks(args) -> dict:
     return {
         'train_b2': ['train', *model('SiT-B/2'), 2 if tiny else 128, *shape, '--plain', '--rounds', 1 if tiny else 10],
         'train_xl2': ['train', *model('SiT-XL/2'), 2 if tiny else 32, *shape, '--plain', '--no_linear', '--no_eager', '--rounds', 1 if tiny else 10],
-        'sample': ['sample', *model('SiT-B/2'), 2 if tiny else 128, *shape, '--steps', 2 if tiny else 12, '--rounds', 1 if tiny else 10],
+        'sample': ['sample', *model('SiT-B/2'), 2 if tiny else 128, *shape, '--steps', 2 if tiny else 12, '--rounds', 1 if tiny else 5],
         'loader': ['loader', *model('SiT-S/2'), 4 if tiny else 256, *shape, '--steps', 2 if tiny else 100],
         'paths': ['paths', '--rounds', 1 if tiny else 100],
         'fidelity': ['fidelity', '--rounds', 1 if tiny else 5, '--count', 64 if tiny else 1024],
