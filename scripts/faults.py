@@ -723,6 +723,13 @@ PROCESSES = faults(
 
 RUNS = faults(
     'engine.runs',
+    ('the first step is waited for', 'if self.step > self._first: return', 'return',
+     'a signal ends what would compile for ever', 'training::test_a_signal_in_the_first_step_is_not_kept_waiting'),
+    ('a checkpoint that does not fit into memory is damaged', """SafetensorError) as e: # whatever else is a bug
+        if out_of_memory(e): raise""", 'SafetensorError) as e: # whatever else is a bug',
+     'memory that runs out is no damage', 'memory::test_memory_that_runs_out_is_no_damage'),
+    ('memory is watched only during steps', 'with peers_alive(), _enough_memory(self): # also', 'with peers_alive(): # also',
+     'memory that runs out is said in one sentence', 'memory::test_memory_that_runs_out_is_no_damage'),
     ('the log holds the sum over its interval', "self.accelerator.reduce(v/since.count, 'mean')",
      "self.accelerator.reduce(v, 'mean')",
      'means in the log', 'exact_training::test_the_log_holds_means_over_its_interval'),

@@ -12,17 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from diffusers import AutoencoderKL
 from forked import SERVER
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from spherical_lfm import decoder, sit, training
 from spherical_lfm import experiments as ex
 from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig
+from spherical_lfm.engine import features, weights
 from spherical_lfm.engine import latents as lt
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import LatentDataset, encode_latents, free_bytes, place_latents
 from spherical_lfm.engine.runs import checkpoints, keep_newest, seal
+from spherical_lfm.sampling import load_run
 from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli
@@ -358,3 +363,60 @@ if __name__ == '__main__':
         if name != 'fsdp-bf16-compiled-recomputed': seen[name] = _dtypes(trainer)
     if trainer.accelerator.is_main_process: (out/'dtypes.json').write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
+
+
+# --- memory that runs out is no damage ---
+
+def _resume(latents, tmp_path):
+    config, data = TrainConfig(steps=2, **SMALL), LatentDataset(latents, project=project)
+    Trainer(config, data, tmp_path/'run').fit(until=1, progress=False)
+    return training, 'load_file', lambda: Trainer(config, data, tmp_path/'run').fit(progress=False)
+
+
+def _load(latents, tmp_path):
+    Trainer(TrainConfig(steps=1, **SMALL), LatentDataset(latents, project=project), tmp_path/'run').fit(progress=False)
+    return sit.SiT, 'from_pretrained', lambda: load_run(tmp_path/'run')
+
+
+def _file(tmp_path):
+    save_file({'a': torch.zeros(2)}, tmp_path/'a.safetensors')
+    return tmp_path/'a.safetensors'
+
+
+READERS = {
+    'a run goes on': _resume,
+    'a run is loaded': _load,
+    'an autoencoder': lambda latents, tmp_path: (AutoencoderKL, 'from_pretrained', lambda: load_tokenizer('digits')),
+    'weights that must fit': lambda latents, tmp_path: (torch.nn.Linear, 'load_state_dict', lambda: weights._fitting(torch.nn.Linear(1, 1), {}, 'x')),
+    'a file of tensors': lambda latents, tmp_path: (weights, '_read_tensors', lambda: weights.open_tensors(_file(tmp_path))),
+    'an extractor': lambda latents, tmp_path: (timm, 'create_model', lambda: features._dinov2(_file(tmp_path))),
+}
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+@pytest.mark.parametrize('name', READERS)
+def test_memory_that_runs_out_is_no_damage(latents, tmp_path, monkeypatch, name, error):
+    "Nobody is told to remove a checkpoint or to fetch a file again."
+    where, what, work = READERS[name](latents, tmp_path)
+    def fails(*args, **options): raise error
+    monkeypatch.setattr(where, what, fails)
+    words = 'out of memory at step 0: raise accumulate.*; checkpoints are untouched' if name == 'a run goes on' else None
+    with pytest.raises(torch.OutOfMemoryError if words else type(error), match=words): work()
+
+
+def test_the_speed_of_products_is_measured_in_what_memory_is_left(monkeypatch):
+    "A run may need all the rest."
+    sides, empty = [], torch.empty
+    def allocate(count, side, *rest, **options):
+        sides.append(side)
+        if side > 300: raise torch.OutOfMemoryError('CUDA out of memory')
+        return empty(count, side, *rest, **options)
+    monkeypatch.setattr(training, '_fastest_product', lambda side, dtype, device, repeats: allocate(3, side, side) is None or 1.)
+    training._peak.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError): matmul_peak('cpu')
+    assert sides == [1024]
+    sides.clear()
+    monkeypatch.setattr(training, '_fastest_product', lambda side, *rest: 1. if side == 2048 else allocate(3, side, side))
+    training._peak.cache_clear()
+    assert matmul_peak('cuda', 'bf16') == 2*2048**3 and sides == [8192, 4096]
+    training._peak.cache_clear()

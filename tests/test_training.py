@@ -109,6 +109,21 @@ def test_a_signal_saves_and_exits_with_0(latents, tmp_path, which):
     assert len(found) == 1 and int(found[0].name.removeprefix('step-')) == json.loads((found[0]/'state.json').read_text())['step'] > 3
 
 
+@pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_in_the_first_step_is_not_kept_waiting(latents, tmp_path, monkeypatch, which):
+    "It compiles; and what compiles for it was ended by the same signal, so that it would wait for ever."
+    def step(self):
+        signal.raise_signal(which)
+        pytest.fail('the step went on')
+    trainer, second = (Trainer(TrainConfig(steps=2, **CONFIG), LatentDataset(latents, project=project), tmp_path/'run') for _ in range(2))
+    first = Trainer.train_step
+    monkeypatch.setattr(Trainer, 'train_step', step)
+    with pytest.raises(InterruptedError, match='^spherical-slerp was stopped before its first step was done: run the same command to go on$'): trainer.fit(progress=False)
+    assert not checkpoints(tmp_path/'run')
+    monkeypatch.setattr(Trainer, 'train_step', first)
+    assert second.fit(progress=False)['step'] == 2
+
+
 def test_full_disk_leaves_the_old_checkpoint_usable(latents, tmp_path):
     run = tmp_path/'run'
     assert call('slfm_train', latents, run, '--steps', 2, *SMALL).returncode == 0

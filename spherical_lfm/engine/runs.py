@@ -364,6 +364,7 @@ class ResumableRun:
     _stop_soon: Callable[..., None]
     _bad: Tensor
     _since: _Interval
+    _first: int
     _loop: Callable[..., dict]
     _report: Callable[..., dict]
     _start: Callable[..., None]
@@ -404,7 +405,7 @@ def _loop(self: ResumableRun, until: int | None, progress: bool) -> dict:
     "Step by step, with what is due after each; the last checkpoint; and what `fit` returns."
     c, end = self.config, min(until or self.config.steps, self.config.steps)
     self._bad = torch.full((1,), -1., device=self.accelerator.device)
-    self._since = _Interval(time.perf_counter())
+    self._since, self._first = _Interval(time.perf_counter()), self.step
     show = progress and self.accelerator.is_main_process
     bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not show)
     with _on_signals(self._stop_soon), _trackers(self.accelerator), closing(bar):
@@ -477,8 +478,10 @@ def _count(self: ResumableRun, found: dict):
 # %% ../../nbs/engine/runs.ipynb #f26c6dcf
 @patch
 def _stop_soon(self: ResumableRun):
-    "Let the loop end after the step at hand."
+    "Let the loop end after the step at hand; the first one is not waited for."
     self._stop = True
+    if self.step > self._first: return
+    raise InterruptedError(f'{self.name} was stopped before its first step was done: run the same command to go on')
 
 @patch
 def _should_stop(self: ResumableRun) -> bool:
