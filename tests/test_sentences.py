@@ -91,6 +91,7 @@ def at_one(kind): # semantic distance of lengthened over rotated tokens at displ
 
 ARC, SHELL, SPHERE, CHORD = 'spherical-slerp', 'vanilla-shell', 'spherical-linear', 'vanilla-linear'
 BENCH = result('bench_train')
+B2, XL2, ON_GPU = result('gpu_train_b2'), result('gpu_train_xl2'), result('gpu_tests')['counts']
 SOLVERS = {(r['method'], r['evaluations']): r['fd'] for r in result('digits_solvers')['rows']}
 LAST = [SOLVERS[m, max(n for k, n in SOLVERS if k == m)] for m in ('heun', 'rk4', 'adams2', 'adams3', 'adaptive')]
 GUIDED = [v for arm in (ARC, SHELL, SPHERE, CHORD) for v in off(arm)]
@@ -103,6 +104,12 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('08_training', 'the median of five pairwise ratios is {:.3f}', (BENCH['slerp_over_linear'],)),
     ('08_training', '({:,.0f} ms for slerp, {:,.0f} ms for linear)',
      [BENCH['ms_per_step'][path] for path in ('slerp', 'linear')]),
+    ('08_training', 'costs what the straight path costs ({:.3f} of it', (B2['slerp_over_linear'],)),
+    ('08_training', 'a step of ours is {:.1f} and {:.1f} times as fast', (B2['plain_over_ours'], XL2['plain_over_ours'])),
+    ('08_training', 'take {:.0f} of the {:.0f} ms of SiT-XL/2', (XL2['ms_per_step']['optimiser'], XL2['ms_per_step']['slerp'])),
+    ('cluster', 'an H100 gave {:.2f} and {:.2f}', (XL2['mfu'], B2['mfu'])),
+    ('cluster', 'on an H100, {} of {} (', (ON_GPU['passed'], sum(ON_GPU.values()))),
+    ('index', 'the tests for CUDA ran ({} of {},', (ON_GPU['passed'], sum(ON_GPU.values()))),
     ('10_solvers', 'arrive at {:.2f} to {:.2f}', (min(LAST), max(LAST))),
     ('10_solvers', 'tried, is at {:.2f}', (SOLVERS['euler', 64],)),
     ('12_experiments', 'score higher against them ({:.2f})', (DIGITS['held_out_fd'],)),
