@@ -699,6 +699,8 @@ LATENTS = faults(
     ('every process reads the same share', 'self.order.indices(step)[self.share], flips[self.share]',
      'self.order.indices(step)[:len(flips[self.share])], flips[self.share]',
      'processes share the batch', 'exact_latents::test_a_loader_gives_the_share_of_its_process_and_of_flips'),
+    ('nobody looks at the order of the labels', '        _warn_of_sorted(data.y, window)\n', '',
+     'latents in order of class are noticed', 'memory::test_latents_that_lie_in_order_of_class_are_noticed'),
     ('windows are not shuffled inside', 'w[torch.randperm(len(w), generator=g)] for w in', 'w for w in',
      'images are shuffled', 'exact_latents::test_windows_make_permutations'),
     ('blocks stay in their order', '[torch.randperm(-(-self.count//self.block), generator=g)]', '',

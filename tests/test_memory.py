@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,6 +364,19 @@ if __name__ == '__main__':
         if name != 'fsdp-bf16-compiled-recomputed': seen[name] = _dtypes(trainer)
     if trainer.accelerator.is_main_process: (out/'dtypes.json').write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
+
+
+# --- order ---
+
+@pytest.mark.parametrize('order, window, warned', [('sorted', 100, True), ('sorted', 1000, False), ('shuffled', 100, False), ('one class', 100, False)])
+def test_latents_that_lie_in_order_of_class_are_noticed(order, window, warned):
+    "Whoever has written them; where a window holds them all, order does not matter."
+    y = torch.arange(1000)//100
+    y = {'sorted': y, 'shuffled': y[torch.randperm(1000, generator=torch.Generator().manual_seed(0))], 'one class': 0*y}[order]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        lt.LatentLoader(type('Data', (), {'y': y, 'z': {}, '__len__': lambda self: 1000})(), 10, window=window)
+    assert [('lie in order of their classes' in str(w.message) and f'from {window} of 1000' in str(w.message)) for w in heard] == [True]*warned
 
 
 # --- memory that runs out is no damage ---

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -427,6 +428,19 @@ def images_of(self: WindowOrder,
     epoch, k = divmod(number, -(-self.count//self.window))
     return self._permutation(epoch)[k*self.window:(k + 1)*self.window]
 
+# %% ../../nbs/engine/latents.ipynb #0ba35c90
+def _warn_of_sorted(
+    y: Tensor,  # classes [N], as they lie on disk
+    window: int # images that are shuffled together
+):
+    "Say so if classes lie in order and a window does not hold them all."
+    by_chance = (y.bincount().double()/len(y)).square().sum()
+    alike = (y[1:] == y[:-1]).double().mean()
+    if len(y) <= window or by_chance > .99 or alike < (1 + by_chance)/2: return
+    warnings.warn(f'these latents lie in order of their classes, and a batch comes from {window} of {len(y)}, which hold '
+                  'few classes: raise window, or encode from files, which are shuffled (a stream from the hub is not)',
+                  stacklevel=3)
+
 # %% ../../nbs/engine/latents.ipynb #d2904a98
 class LatentLoader:
     """The batches of a run by step: `(z [b, d, h, w] float32, y [b])` for this process's share.
@@ -448,6 +462,7 @@ class LatentLoader:
     ):
         self.data, self.seed, self.flip, self.share, self.device = data, seed, flip, share, torch.device(device)
         self.order = WindowOrder(len(data), batch_size, seed, window)
+        _warn_of_sorted(data.y, window)
         self._ahead = Prefetcher(self._prepare, depth)
         self._windows: tuple = ()
 
