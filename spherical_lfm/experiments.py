@@ -521,9 +521,15 @@ def compare(
     return _write_report(preset, rows, tokenizer, source, out, seed) if processes().is_main_process else {}
 
 # %% ../nbs/12_experiments.ipynb #2380ba03
+def _images_looked_at(tokenizer: Tokenizer, size: int) -> int:
+    "How many images a report measures: 2,048, or as many as have a quarter of a million tokens."
+    _, height, width = tokenizer.latent_shape(size, size)
+    return min(2048, max(64, 2**18//(height*width)))
+
 def _write_report(preset: Preset, rows: dict, tokenizer: Tokenizer, source: ImageSource, out: Path, seed: int) -> dict:
-    "Report of a comparison as report.json, table.csv and report.html, with the geometry of 2048 images of the cache."
-    pictures, classes = zip(*source.stream(source.shuffled(Encoding().seed), limit=2048))
+    "Report of a comparison as report.json, table.csv and report.html, with the geometry of some images of the cache."
+    count = _images_looked_at(tokenizer, preset.image_size)
+    pictures, classes = zip(*source.stream(source.shuffled(Encoding().seed), limit=count))
     some = torch.stack(pictures), torch.tensor(classes)
     found = geometry(tokenizer, *some, seed=seed)
     report = {

@@ -8,6 +8,7 @@ __all__ = ['LatentTransform', 'Tokenizer', 'digits_autoencoder', 'channel_stats'
            'with_statistics']
 
 # %% ../nbs/04_tokenizers.ipynb #feeb8f43
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,7 +28,7 @@ from .engine.files import atomic_write, read_json, tensor_digest, write_json
 from .engine.images import ImageSource, digits_images
 from .engine.latents import free_bytes
 from .engine.processes import RunningMoments
-from .engine.weights import TOKENIZERS, format_of, load_autoencoder, load_taef2, load_vavae
+from .engine.weights import TOKENIZERS, format_of, load_autoencoder, load_taesd, load_vavae
 from .sphere import project
 
 # %% ../nbs/04_tokenizers.ipynb #b614d90a
@@ -106,8 +107,9 @@ def channels(self: LatentTransform,
 # %% ../nbs/04_tokenizers.ipynb #58cd6a71
 def _twin(model: Any) -> Any:
     "The same architecture without storage: shapes can be asked of it for free."
+    known = inspect.signature(type(model).__init__).parameters # some remember more than they take
     with torch.device('meta'):
-        return type(model).from_config(model.config).eval()
+        return type(model).from_config({k: v for k, v in model.config.items() if k in known}).eval()
 
 def _emitted(out: Any, generator: torch.Generator | None = None) -> Tensor:
     "The latents in what an autoencoder's `encode` gives: of a posterior its mean, or a draw with a generator."
@@ -474,7 +476,7 @@ def _locate(name_or_path: str | Path, spherical: bool | None) -> tuple[str | Pat
 def _load_model(place: str | Path, subfolder: str | None, format: str) -> tuple[nn.Module, LatentTransform | None]:
     "An autoencoder, and the transform that lies beside it in formats where one does."
     if format == 'diffusers': return load_autoencoder(place, subfolder), None
-    model, settings = {'taef2': load_taef2, 'vavae': load_vavae}[format](place)
+    model, settings = load_vavae(place) if format == 'vavae' else load_taesd(place, format)
     return model, LatentTransform(**settings)
 
 # %% ../nbs/04_tokenizers.ipynb #fc959a50

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spherical_lfm import experiments
 from spherical_lfm.engine.features import all_parts, extract_features
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
@@ -259,3 +260,9 @@ def test_the_command_plans_and_touches_nothing(monkeypatch, tmp_path, capsys):
     assert not [*tmp_path.iterdir()]
     with pytest.raises(SystemExit, match='give --plan as well'): cli.slfm_compare(['digits', '--count', '9'])
     with pytest.raises(SystemExit, match='neither a known tokenizer'): cli.slfm_compare(['digits', '--plan', '--tokenizer', 'nowhere'])
+
+
+@pytest.mark.parametrize('name, size, images', [('digits', 16, 2048), ('taef2', 64, 2048), ('flux2', 256, 256), ('vavae', 256, 1024), ('taesd', 1024, 64)])
+def test_a_report_looks_at_so_many_tokens(name, size, images):
+    "A quarter of a million, held in float64: 64 MiB with 32 channels, whatever the size of the images."
+    assert experiments._images_looked_at(plan.bare_tokenizer(name), size) == images

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from forked import call
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spherical_lfm import tokenizers as tk
 from spherical_lfm.concentration import token_norm
@@ -101,9 +102,21 @@ def save_taef2(folder):
     model = random_state(AutoencoderTAEF2())
     for half in ('encoder', 'decoder'): save_file({k: v.half() for k, v in getattr(model, half).state_dict().items()}, folder/f'taef2_{half}.safetensors')
 
+def save_taesd(name, channels, folder):
+    "As published: the decoder's clamp takes the number 0, so its layers begin at 1."
+    folder.mkdir()
+    model = random_state(diffusers.AutoencoderTiny(latent_channels=channels))
+    for half, first in (('encoder', 0), ('decoder', 1)):
+        numbered = ((*k.split('.', 1), v) for k, v in getattr(model, half).layers.state_dict().items())
+        save_file({f'{int(k) + first}.{rest}': v.bfloat16() for k, rest, v in numbered}, folder/f'{name}_{half}.safetensors')
+    return model
+
+TAESD = {'taesd': 4, 'taesdxl': 4, 'taesd3': 16, 'taef1': 16}
+
 FULL = { # name: (writer, millions of parameters, shape at 256 px, raw shape at 64 px)
     'sd': (save_sd, 83.65, (4, 32, 32), (4, 8, 8)), 'repae-flux1': (save_flux1, 83.82, (16, 32, 32), (16, 8, 8)), 'flux2': (save_flux2, 84.05, (32, 32, 32), (32, 8, 8)),
     'vavae': (save_vavae, 69.84, (32, 16, 16), (32, 4, 4)), 'taef2': (save_taef2, 2.68, (32, 32, 32), (32, 8, 8)),
+    **{name: (partial(save_taesd, name, d), 2.445 if d == 4 else 2.459, (d, 32, 32), (d, 8, 8)) for name, d in TAESD.items()},
 }
 
 @pytest.mark.parametrize('name', FULL)
@@ -177,6 +190,24 @@ def test_converted_checkpoint_computes_what_the_original_does():
     torch.testing.assert_close(model.encode(x).latent_dist.mode(), z, atol=1e-4*z.abs().max().item(), rtol=1e-3)
     y = decode(z)
     torch.testing.assert_close(model.decode(z).sample, y, atol=1e-4*y.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', TAESD)
+def test_the_taesd_family_is_what_diffusers_makes_of_it(name, tmp_path):
+    "Layer for layer; and a decoder with a layer too few, or one of another member, is refused."
+    model = save_taesd(name, TAESD[name], tmp_path/name)
+    t = load_tokenizer(tmp_path/name)
+    found = t.autoencoder.state_dict()
+    assert t.name == name and found.keys() == model.state_dict().keys()
+    for k, v in model.state_dict().items(): assert torch.equal(found[k], v.bfloat16().float()), k
+    file = tmp_path/name/f'{name}_decoder.safetensors'
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if not k.startswith('3.')}, file)
+    with pytest.raises(ValueError, match='do not fit AutoencoderTiny'): load_tokenizer(tmp_path/name)
+    save_file(state | {'1.weight': torch.zeros(64, 8, 3, 3)}, file)
+    with pytest.raises(ValueError, match='do not fit AutoencoderTiny'): load_tokenizer(tmp_path/name)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=file.name): load_tokenizer(tmp_path/name)
 
 
 def test_hub_names_load_from_the_cache(tmp_path):

@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -271,6 +271,10 @@ TOKENIZERS = {
     'flux2': ('black-forest-labs/FLUX.2-dev', 'vae', 'diffusers'),
     'flux2-packed': ('black-forest-labs/FLUX.2-dev', 'vae', 'diffusers'),
     'vavae': ('hustvl/vavae-imagenet256-f16d32-dinov2', None, 'vavae'),
+    'taesd': ('madebyollin/taesd', None, 'diffusers'),
+    'taesdxl': ('madebyollin/taesdxl', None, 'diffusers'),
+    'taesd3': ('madebyollin/taesd3', None, 'diffusers'),
+    'taef1': ('madebyollin/taef1', None, 'diffusers'),
     'taef2': ('madebyollin/taef2', None, 'taef2'),
 }
 
@@ -324,10 +328,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 # %% ../../nbs/engine/weights.ipynb #be6b1b54
+#: Channels of the TAESD family's latents: SD 1.x, SDXL, SD 3, FLUX.1, FLUX.2.
+_TAESD_CHANNELS = {'taesd': 4, 'taesdxl': 4, 'taesd3': 16, 'taef1': 16, 'taef2': 32}
+
 #: The files of formats that are not diffusers folders.
 _FILES = {
     'vavae': ('vavae-imagenet256-f16d32-dinov2.pt', 'latents_stats.pt'),
-    'taef2': ('taef2_encoder.safetensors', 'taef2_decoder.safetensors'),
+    **{name: (f'{name}_encoder.safetensors', f'{name}_decoder.safetensors') for name in _TAESD_CHANNELS},
 }
 
 def format_of(folder: Path) -> str:
@@ -357,12 +364,20 @@ def _file(place: str, name: str, format: str) -> Path:
                                 f'or put {wanted} into a folder and give its path') from e
 
 # %% ../../nbs/engine/weights.ipynb #a21ea652
-def load_taef2(place: str | Path) -> tuple[nn.Module, dict]:
-    "TAEF2 from its two files, which carry no statistics."
-    encoder, decoder = _files(place, 'taef2')
-    halves = ('encoder', encoder), ('decoder', decoder)
-    state = {f'{half}.{k}': v for half, f in halves for k, v in open_tensors(f).items()}
-    return _fitting(AutoencoderTAEF2(), state, encoder.parent), {}
+def load_taesd(place: str | Path, name: str) -> tuple[nn.Module, dict]:
+    "An autoencoder of the TAESD family from its two files, which carry no statistics."
+    encoder, decoder = map(open_tensors, _files(place, name))
+    if name == 'taef2':
+        model, state = AutoencoderTAEF2(), {f'encoder.{k}': v for k, v in encoder.items()}
+        return _fitting(model, state | {f'decoder.{k}': v for k, v in decoder.items()}, place), {}
+    model = AutoencoderTiny(latent_channels=_TAESD_CHANNELS[name])
+    state = {f'encoder.layers.{k}': v for k, v in encoder.items()}
+    return _fitting(model, state | {f'decoder.layers.{_one_lower(k)}': v for k, v in decoder.items()}, place), {}
+
+def _one_lower(name: str) -> str:
+    "A layer of the published decoder as diffusers counts, where the clamp in front has no number."
+    number, _, rest = name.partition('.')
+    return f'{int(number) - 1}.{rest}' if number.isdecimal() else name
 
 # %% ../../nbs/engine/weights.ipynb #b8c97749
 def load_vavae(place: str | Path) -> tuple[nn.Module, dict]:

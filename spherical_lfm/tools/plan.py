@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import timm
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,6 +98,10 @@ _AUTOENCODERS: dict[str, Callable] = {
     'flux2': AutoencoderKLFlux2,
     'flux2-packed': AutoencoderKLFlux2,
     'vavae': partial(AutoencoderKL, **VAVAE_CONFIG),
+    'taesd': partial(AutoencoderTiny, latent_channels=4),
+    'taesdxl': partial(AutoencoderTiny, latent_channels=4),
+    'taesd3': partial(AutoencoderTiny, latent_channels=16),
+    'taef1': partial(AutoencoderTiny, latent_channels=16),
     'taef2': AutoencoderTAEF2,
 }
 
