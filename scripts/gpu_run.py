@@ -10,6 +10,7 @@ A part that fails leaves its traceback, and the next one begins. Part `warm` com
 benchmarks time later, and goes through a comparison meanwhile: a GPU that is lent by the minute should not wait for a compiler.
 """
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -57,9 +58,14 @@ def benchmarks(args) -> dict:
     }
 
 
+def _surroundings(**more: str) -> dict:
+    "The environment of a process: this tree first, and few threads, since several of them share the cores."
+    return {'OMP_NUM_THREADS': '2'} | os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])} | more
+
+
 def _python(words: list, log: Path, wait: bool = True):
     "Run a program with its output in a file; `wait` raises if it fails."
-    with open(log, 'w') as f: job = subprocess.Popen(words, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])})
+    with open(log, 'w') as f: job = subprocess.Popen(words, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=_surroundings())
     if wait and job.wait(): raise RuntimeError(f'{words[-3:]} failed: {log.read_text()[-3000:]}')
     return job
 
@@ -70,7 +76,7 @@ def warm(args):
         found = benchmarks(args)
         plans = {name: [w for w in words if w != '--plain'] for name, words in found.items() if name.startswith('train')}
         jobs = {name: _python(slfm('slfm_bench', *words[:words.index('--rounds')], '--rounds', 1), Path(tmp)/name, False) for name, words in plans.items()}
-        again = [sys.executable, __file__, '--out', str(args.out), '--commit', args.commit, *['--rehearse']*args.rehearse, '--parts']
+        again = [sys.executable, __file__, '--out', str(args.out), '--runs', str(args.runs), '--commit', args.commit, *['--rehearse']*args.rehearse, '--parts']
         jobs['digits'] = _python([*again, 'digits'], Path(tmp)/'digits', False)
         jobs['agree'] = _python([*again, 'agree'], Path(tmp)/'agree', False)
         failed = {name: (Path(tmp)/name).read_text()[-2000:] for name, job in jobs.items() if job.wait()}
@@ -79,7 +85,7 @@ def warm(args):
 
 def agree(args):
     "The tests that compare a GPU with a CPU; the one that fills the memory of the GPU comes in part `full`."
-    tests(args, 'gpu_tests.json', 'not memory_that_runs_out', *(['-n', str(os.cpu_count()//2)] if not args.rehearse else []))
+    tests(args, 'gpu_tests.json', 'not memory_that_runs_out', *(['-n', str(os.cpu_count()//2)] if importlib.util.find_spec('xdist') else []))
 
 
 def full(args):
@@ -89,11 +95,10 @@ def full(args):
 
 def tests(args, name: str, which: str, *more):
     "Run tests/test_cuda.py and store what came out."
-    where = {'SLFM_TEST_DEVICE': 'cpu'} if args.rehearse else {}
+    there = _surroundings(OMP_NUM_THREADS='1', **{'SLFM_TEST_DEVICE': 'cpu'} if args.rehearse else {})
     if args.rehearse: which = f'({which}) and (geometry or paths)'
     command = [sys.executable, '-m', 'pytest', '-o', 'addopts=', '-v', '--tb=short', *more, '-k', which, 'tests/test_cuda.py']
-    there = os.environ | where | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    log = args.out/name.replace('.json', '.log')
+    log = args.runs/name.replace('.json', '.log')
     with open(log, 'w') as f: done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=there)
     said = log.read_text()
     counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|deselected|error)', said[-300:])}
@@ -122,7 +127,7 @@ def study(args, script: str, *more):
     "A study of its own, on whatever material is given."
     if args.material is None: sys.exit(f'{script} needs --material')
     args.out.joinpath('gpu').mkdir(parents=True, exist_ok=True)
-    _python([sys.executable, str(ROOT/'scripts'/script), '--material', str(args.material), '--runs', str(args.runs), '--out', str(args.out/'gpu'), *more], args.out/f'{script}.log')
+    _python([sys.executable, str(ROOT/'scripts'/script), '--material', str(args.material), '--runs', str(args.runs/Path(script).stem), '--out', str(args.out/'gpu'), *more], args.runs/f'{script}.log')
 
 
 def taef2(args): study(args, 'study_taef2.py', '--scale', '0.02' if args.rehearse else '1')
@@ -143,14 +148,14 @@ if __name__ == '__main__':
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=['agree', 'full', 'bench', 'digits'], help='which parts, in this order; each writes its result before the next begins')
     parser.add_argument('--material', type=Path, help='folder with TAEF2 weights and photographs')
     parser.add_argument('--decoders', type=Path, default=Path('runs/cifar-taef2'), help='what slfm_finetune left, for part cifar')
-    parser.add_argument('--runs', type=Path, default=Path('runs/gpu'), help='folder for the runs of a study')
+    parser.add_argument('--runs', type=Path, default=Path('runs/gpu'), help='folder for the runs of a study, and for logs')
     parser.add_argument('--cifar', nargs='*', default=[], metavar='OPTION=VALUE', help='further options of study_cifar.py, without the dashes')
     parser.add_argument('--bench', nargs='+', default=['train', 'sample', 'loader', 'paths', 'fidelity'], help='which benchmarks')
     parser.add_argument('--commit', default='', help='the commit of an exported tree, where no git can tell it')
     args = parser.parse_args()
     args.cifar = [w for o in args.cifar for w in (f'--{o.partition("=")[0]}', *o.partition('=')[2].split(','))  if w]
     if not (args.rehearse or torch.cuda.is_available()): sys.exit('no CUDA device: use --rehearse for a tiny run without one')
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.runs): folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for part in args.parts:
         try:

@@ -207,7 +207,9 @@ def _peak(device: str, precision: str, repeats: int, allowed: str) -> float:
     side, dtype = 8192 if device == 'cuda' else 1024, torch.bfloat16 if precision == 'bf16' else torch.float32
     while True:
         try:
-            return 2*side**3/_fastest_product(side, dtype, device, repeats)
+            seconds = _fastest_product(side, dtype, device, repeats)
+            if device == 'cuda': torch.cuda.empty_cache()
+            return 2*side**3/seconds
         except torch.OutOfMemoryError: # a run may need all the rest
             if side <= 1024: raise
             side //= 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from spherical_lfm.probes import equal_displacement
+from spherical_lfm.tools.plan import H100
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('[!.]*.ipynb'))
@@ -107,7 +108,9 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('08_training', 'costs what the straight path costs ({:.3f} of it', (B2['slerp_over_linear'],)),
     ('08_training', 'a step of ours is {:.1f} and {:.1f} times as fast', (B2['plain_over_ours'], XL2['plain_over_ours'])),
     ('08_training', 'take {:.0f} of the {:.0f} ms of SiT-XL/2', (XL2['ms_per_step']['optimiser'], XL2['ms_per_step']['slerp'])),
-    ('cluster', 'an H100 gave {:.2f} and {:.2f}', (XL2['mfu'], B2['mfu'])),
+    ('tools/plan', 'compiled, {:.0f} TFLOP/s for SiT-B/2 and {:.0f} for SiT-XL/2, which is {:.2f} and {:.2f} of', (B2['tflops'], XL2['tflops'], B2['tflops']/989, XL2['tflops']/989)),
+    ('tools/plan', 'without `torch.compile`, which had {:.2f}', (B2['tflops']*B2['compiled_over_eager']/989,)),
+    ('cluster', '{:.1f} for training, which is what one H100 gave, and {:.2f} for the rest', (H100.training_mfu, H100.other_mfu)),
     ('cluster', 'on an H100, {} of {} (', (ON_GPU['passed'], sum(ON_GPU.values()))),
     ('index', 'the tests for CUDA ran ({} of {},', (ON_GPU['passed'], sum(ON_GPU.values()))),
     ('10_solvers', 'arrive at {:.2f} to {:.2f}', (min(LAST), max(LAST))),

@@ -29,7 +29,7 @@ from torch import Tensor
 from .checks import check_range, check_tokens
 from .files import _sha256, claim, digest_of, locked, read_json, remove_listed, write_json
 from .images import ImageSource, apart_from
-from .processes import gathered
+from .processes import gathered, processes
 from .runs import DataOrder, Prefetcher, Stream, seeded_generator
 from .shards import ShardedJob, image_chunks
 from typing import Any
@@ -433,10 +433,11 @@ def _warn_of_sorted(
     y: Tensor,  # classes [N], as they lie on disk
     window: int # images that are shuffled together
 ):
-    "Say so if classes lie in order and a window does not hold them all."
+    "Say so, on the main process, if classes lie in order and a window does not hold them all."
+    if len(y) <= window or not processes().is_main_process: return
     by_chance = (y.bincount().double()/len(y)).square().sum()
     alike = (y[1:] == y[:-1]).double().mean()
-    if len(y) <= window or by_chance > .99 or alike < (1 + by_chance)/2: return
+    if by_chance > .99 or alike < (1 + by_chance)/2: return
     warnings.warn(f'these latents lie in order of their classes, and a batch comes from {window} of {len(y)}, which hold '
                   'few classes: raise window, or encode from files, which are shuffled (a stream from the hub is not)',
                   stacklevel=3)

@@ -60,7 +60,8 @@ class Machine:
 
 # %% ../../nbs/tools/plan.ipynb #19391d73
 #: A machine for the presets of the paper: eight H100 with 80 GB each, 2 TB of host memory, 30 TB of disk.
-H100 = Machine('8 x H100', 8, {'bf16': 989e12, 'float32': 494e12}, 80e9, 2e12, 30e12)
+H100 = Machine('8 x H100', 8, {'bf16': 989e12, 'float32': 494e12}, 80e9, 2e12, 30e12,
+               training_mfu=.3, other_mfu=.18)
 
 # %% ../../nbs/tools/plan.ipynb #66142e9e
 def this_machine(
