@@ -68,4 +68,5 @@ def check_range(
 # %% ../../nbs/engine/checks.ipynb #034eff37
 def out_of_memory(e: BaseException) -> bool:
     "Whether an error says that there was not enough memory, on a GPU or on the host."
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and 'allocate memory' in str(e)
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
+    return isinstance(e, RuntimeError) and 'allocate memory' in str(e)

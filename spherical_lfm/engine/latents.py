@@ -438,9 +438,9 @@ def _warn_of_sorted(
     by_chance = (y.bincount().double()/len(y)).square().sum()
     alike = (y[1:] == y[:-1]).double().mean()
     if by_chance > .99 or alike < (1 + by_chance)/2: return
-    warnings.warn(f'these latents lie in order of their classes, and a batch comes from {window} of {len(y)}, which hold '
-                  'few classes: raise window, or encode from files, which are shuffled (a stream from the hub is not)',
-                  stacklevel=3)
+    warnings.warn(f'these latents lie in order of their classes, and a batch comes from {window} of {len(y)}, '
+                  'which hold few classes: raise window, or encode from files, which are shuffled '
+                  '(a stream from the hub is not)', stacklevel=3)
 
 # %% ../../nbs/engine/latents.ipynb #d2904a98
 class LatentLoader:
