@@ -127,13 +127,18 @@ def judge(fault: Fault | None, tests: tuple = ()) -> dict:
     return {'verdict': verdict, 'by': by, 'seconds': round(time.perf_counter() - began, 1)}
 
 
+def _may_have_children():
+    "Some tests start processes of their own, which the workers of a pool are otherwise not allowed."
+    multiprocessing.current_process()._config['daemon'] = False
+
+
 def pool(jobs: int):
     "Processes that start with the libraries imported, each for one fault."
     os.environ |= {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONDONTWRITEBYTECODE': '1',
                    'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'}
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([n for n in LIBRARIES if importlib.util.find_spec(n.split('.')[0])])
-    return context.Pool(jobs, maxtasksperchild=1)
+    return context.Pool(jobs, _may_have_children, maxtasksperchild=1)
 
 
 def main():
