@@ -603,7 +603,7 @@ FEATURES = faults(
     ('PSNR from the error per channel', '(a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean((1, 2, 3))',
      '(a.clamp(-1, 1) - b.clamp(-1, 1)).square().sum(1).mean((1, 2))',
      'PSNR', 'exact_tokenizers::test_psnr_is_scikit_images'),
-    ('backbones see images in [-1, 1]', '    x = x.clamp(-1, 1)/2 + .5\n', '.clamp(-1, 1)\n',
+    ('backbones see images in [-1, 1]', '    x = x.clamp(-1, 1)/2 + .5\n', '    x = x.clamp(-1, 1)\n',
      'semantic distances', 'exact_probes::test_semantic_features_are_those_of_the_resized_and_clipped_image'),
     ('LPIPS takes images in [0, 1]', 'model.to(a.device)(a, b).flatten()', 'model.to(a.device)(a, b, normalize=True).flatten()',
      'LPIPS as published',
