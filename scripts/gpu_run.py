@@ -85,7 +85,8 @@ def warm(args):
 
 def agree(args):
     "The tests that compare a GPU with a CPU; the one that fills the memory of the GPU comes in part `full`."
-    tests(args, 'gpu_tests.json', 'not memory_that_runs_out', *(['-n', str(os.cpu_count()//2)] if importlib.util.find_spec('xdist') else []))
+    some = ' and (geometry or paths)'*args.rehearse
+    tests(args, 'gpu_tests.json', f'not memory_that_runs_out{some}', *(['-n', str(os.cpu_count()//2)] if importlib.util.find_spec('xdist') else []))
 
 
 def full(args):
@@ -96,7 +97,6 @@ def full(args):
 def tests(args, name: str, which: str, *more):
     "Run tests/test_cuda.py and store what came out."
     there = _surroundings(OMP_NUM_THREADS='1', **{'SLFM_TEST_DEVICE': 'cpu'} if args.rehearse else {})
-    if args.rehearse: which = f'({which}) and (geometry or paths)'
     command = [sys.executable, '-m', 'pytest', '-o', 'addopts=', '-v', '--tb=short', *more, '-k', which, 'tests/test_cuda.py']
     log = args.runs/name.replace('.json', '.log')
     with open(log, 'w') as f: done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=there)

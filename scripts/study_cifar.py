@@ -72,8 +72,9 @@ def folder(args, arm: str, seed: int) -> Path: return args.runs/f'{arm.replace("
 
 def floor(preset, source: ImageSource, runs: Path) -> dict:
     "Real images against other real images, as many of them as samples are scored: what a perfect generator would get."
-    reference = prepare_reference(preset, source, runs)
-    order = source.shuffled(0)[preset.reference_count:][:preset.samples] # the reference is the beginning of this order
+    count = preset.reference_count or len(source)//2 # where all are the reference, one half against the other
+    reference = prepare_reference(replace(preset, reference_count=count), source, runs)
+    order = source.shuffled(0)[count:][:preset.samples] # the reference is the beginning of this order
     found = extract_features((x for x, _ in source.batches(64, order)), preset.extractor, parts=all_parts(preset.extractor))
     return score_features(found, reference, preset.metrics, extractor=preset.extractor) | {'samples': len(found['features']), 'reference_count': reference['count']}
 

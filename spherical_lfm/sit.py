@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from .engine.checks import out_of_memory
 from .engine.weights import find_state, open_tensors
 
 # %% ../nbs/07_sit.ipynb #2af59a67
@@ -293,6 +294,7 @@ def _load_published(model: SiT, state: dict):
     try:
         missing, unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as e:
+        if out_of_memory(e): raise
         raise ValueError(f'this checkpoint has the names of a SiT and other shapes: '
                          f'{" ".join(str(e).split())[:200]}') from e
     if missing or unknown:

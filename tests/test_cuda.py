@@ -48,7 +48,7 @@ def nobody_waits():
     finally: torch.cuda.set_sync_debug_mode('default')
 
 
-def same(work, home=GPU.type, waits=True, **near):
+def same(work, home=GPU.type, **near):
     "What `work(put)` gives on the CPU and on the GPU: the same numbers up to rounding, and everything where it belongs."
     near = near or dict(rtol=2e-4, atol=2e-5)
     here, there = work(lambda x: x), work(lambda x: x.to(GPU))

@@ -402,6 +402,7 @@ READERS = {
     'a run is loaded': _load,
     'an autoencoder': lambda latents, tmp_path: (AutoencoderKL, 'from_pretrained', lambda: load_tokenizer('digits')),
     'weights that must fit': lambda latents, tmp_path: (torch.nn.Linear, 'load_state_dict', lambda: weights._fitting(torch.nn.Linear(1, 1), {}, 'x')),
+    'a published SiT': lambda latents, tmp_path: (torch.nn.Module, 'load_state_dict', lambda: sit._load_published(torch.nn.Linear(1, 1), {})),
     'a file of tensors': lambda latents, tmp_path: (weights, '_read_tensors', lambda: weights.open_tensors(_file(tmp_path))),
     'an extractor': lambda latents, tmp_path: (timm, 'create_model', lambda: features._dinov2(_file(tmp_path))),
 }
@@ -420,17 +421,16 @@ def test_memory_that_runs_out_is_no_damage(latents, tmp_path, monkeypatch, name,
 
 def test_the_speed_of_products_is_measured_in_what_memory_is_left(monkeypatch):
     "A run may need all the rest."
-    sides, empty = [], torch.empty
-    def allocate(count, side, *rest, **options):
+    sides = []
+    def product(side, *rest):
         sides.append(side)
-        if side > 300: raise torch.OutOfMemoryError('CUDA out of memory')
-        return empty(count, side, *rest, **options)
-    monkeypatch.setattr(training, '_fastest_product', lambda side, dtype, device, repeats: allocate(3, side, side) is None or 1.)
+        if side > fits: raise torch.OutOfMemoryError('CUDA out of memory')
+        return 1.
+    monkeypatch.setattr(training, '_fastest_product', product)
     training._peak.cache_clear()
+    fits = 3000
+    assert matmul_peak('cuda', 'bf16') == 2*2048**3 and sides == [8192, 4096, 2048]
+    fits = 0
     with pytest.raises(torch.OutOfMemoryError): matmul_peak('cpu')
-    assert sides == [1024]
-    sides.clear()
-    monkeypatch.setattr(training, '_fastest_product', lambda side, *rest: 1. if side == 2048 else allocate(3, side, side))
-    training._peak.cache_clear()
-    assert matmul_peak('cuda', 'bf16') == 2*2048**3 and sides == [8192, 4096]
+    assert sides[3:] == [1024]
     training._peak.cache_clear()

@@ -28,7 +28,9 @@ from torchvision.models import inception_v3
 from ..engine.features import DigitFeatures
 from ..engine.files import read_json
 from ..engine.latents import DTYPES, Encoding
-from ..engine.weights import VAVAE_CONFIG, AutoencoderTAEF2, _autoencoder_class, format_of
+from spherical_lfm.engine.weights import (
+    _TAESD_CHANNELS, VAVAE_CONFIG, AutoencoderTAEF2, _autoencoder_class, format_of,
+)
 from ..experiments import Preset
 from ..fidelity import SHARD, SUBSET
 from ..sampling import Sampler, solver
@@ -99,10 +101,7 @@ _AUTOENCODERS: dict[str, Callable] = {
     'flux2': AutoencoderKLFlux2,
     'flux2-packed': AutoencoderKLFlux2,
     'vavae': partial(AutoencoderKL, **VAVAE_CONFIG),
-    'taesd': partial(AutoencoderTiny, latent_channels=4),
-    'taesdxl': partial(AutoencoderTiny, latent_channels=4),
-    'taesd3': partial(AutoencoderTiny, latent_channels=16),
-    'taef1': partial(AutoencoderTiny, latent_channels=16),
+    **{name: partial(AutoencoderTiny, latent_channels=c) for name, c in _TAESD_CHANNELS.items()},
     'taef2': AutoencoderTAEF2,
 }
 
