@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 ARMS ?= vanilla-linear,spherical-slerp
 OUT ?= runs/demo
+WORKERS ?= 2
 
 .PHONY: help setup demo test faults docs readme notebooks export data clean
 
@@ -22,9 +23,9 @@ setup: .venv/.ready ## make the environment in .venv
 demo: setup ## matched comparison on digits -> runs/demo (ARMS=all for the four arms)
 	$(BIN)/slfm_demo --arms $(ARMS) --out $(OUT)
 
-test: setup ## notebooks and package agree, nbdev_test on every notebook, pytest
+test: setup ## notebooks and package agree, nbdev_test on every notebook, pytest (WORKERS=2)
 	$(BIN)/python scripts/check_export.py
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadscope
 
 faults: setup ## plant known faults one at a time and see that a test notices each (five minutes)
 	$(BIN)/python scripts/plant_faults.py

@@ -124,6 +124,9 @@ PATHS = faults(
 
 TOKENIZERS = faults(
     'tokenizers',
+    ('the folder of a file is remembered', 'str(folder/Path(name_or_path).name if Path(name_or_path).is_file() else folder)',
+     'str(folder)',
+     'a run finds its tokenizer again', 'tokenizers::test_a_folder_of_several_tokenizers_is_asked_for_one_by_file'),
     ('the shift is added', "z = ((z - c['shift'])*c['scale'] - self.mean) / self.std",
      "z = ((z + c['shift'])*c['scale'] - self.mean) / self.std",
      'flow coordinates', 'exact_tokenizers::test_a_transform_by_hand'),
@@ -752,6 +755,8 @@ RUNS = faults(
 
 WEIGHTS = faults(
     'engine.weights',
+    ('the first of several tokenizers is taken', 'if len(found) > 1:', 'if len(found) > 9:',
+     'nothing is taken by chance', 'tokenizers::test_a_folder_of_several_tokenizers_is_asked_for_one_by_file'),
     ('TAEF2 decodes where it rests', '    @apply_forward_hook\n    def decode', '    def decode',
      'offloading', 'pipeline::test_hooks_move_our_own_autoencoder_before_it_decodes_and_encodes'),
     ('raw weights of a published checkpoint', '(averaged or found)[0]', 'found[0]',

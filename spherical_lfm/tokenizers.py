@@ -417,7 +417,7 @@ def train_digits_tokenizer(
 
 # %% ../nbs/04_tokenizers.ipynb #1fc92739
 def load_tokenizer(
-    name_or_path: str | Path,           # a name in `TOKENIZERS`, or a folder in a format above (or a file in it)
+    name_or_path: str | Path,           # a name in `TOKENIZERS`, a folder in a format above, or a file of one
     spherical: bool | None = None,      # project tokens; None means what the folder records, else False
     device: str | torch.device = 'cpu', # where to put it
     dtype: torch.dtype = torch.float32, # of weights and activations; geometry is float32 in any case
@@ -438,7 +438,7 @@ def load_tokenizer(
     folder = Path(place).resolve()
     own_name = saved.get('name') or (folder.name if format == 'diffusers' else format)
     tokenizer = Tokenizer(model, transform, spherical, str(name_or_path) if known else own_name)
-    if not known: tokenizer.place = str(folder)
+    if not known: tokenizer.place = str(folder/Path(name_or_path).name if Path(name_or_path).is_file() else folder)
     tokenizer.for_sphere = saved.get('spherical')
     _cast(tokenizer, dtype)
     return tokenizer.to(device).requires_grad_(False)
@@ -468,9 +468,8 @@ def _locate(name_or_path: str | Path, spherical: bool | None) -> tuple[str | Pat
     if known is None and not place.exists():
         raise FileNotFoundError(f'{name_or_path!r} is neither a known tokenizer ({", ".join(TOKENIZERS)}) nor an '
                                 'existing folder: give a name or the path of a diffusers autoencoder folder')
-    if place.is_file(): place = place.parent
     if place == TOKENIZERS['digits']: place = place/('spherical' if spherical else 'vanilla')
-    return place, None, format_of(place)
+    return place.parent if place.is_file() else place, None, format_of(place)
 
 # %% ../nbs/04_tokenizers.ipynb #eafe4302
 def _load_model(place: str | Path, subfolder: str | None, format: str) -> tuple[nn.Module, LatentTransform | None]:

@@ -33,8 +33,8 @@ def execute(*command, cwd=ROOT):
 
 @pytest.fixture(scope='module')
 def runs():
-    "All notebooks, two at a time: much of a notebook is start-up and single-threaded."
-    with ThreadPoolExecutor(2) as pool:
+    "All notebooks, two at a time, unless another worker has the other core: each runs on one thread."
+    with ThreadPoolExecutor(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2) as pool:
         yield {**{p: pool.submit(execute, 'nbdev_test', '--path', str(p)) for p in NOTEBOOKS}, **{n: pool.submit(execute, 'jupyter', 'execute', f'{n}.ipynb', cwd=ROOT/'nbs') for n in PLAIN}}
 
 

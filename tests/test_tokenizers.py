@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -24,6 +25,7 @@ from spherical_lfm.engine.features import psnr
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.weights import AutoencoderTAEF2, convert_ldm_autoencoder
 from spherical_lfm.tokenizers import load_tokenizer, with_statistics
+from spherical_lfm.tools.plan import bare_tokenizer
 from spherical_lfm.tools.studies import Analysis, analyze_tokens
 
 BIN = Path(sys.executable).parent
@@ -208,6 +210,24 @@ def test_the_taesd_family_is_what_diffusers_makes_of_it(name, tmp_path):
     with pytest.raises(ValueError, match='do not fit AutoencoderTiny'): load_tokenizer(tmp_path/name)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=file.name): load_tokenizer(tmp_path/name)
+
+
+def test_a_folder_of_several_tokenizers_is_asked_for_one_by_file(tmp_path):
+    "None is taken by chance, neither to load nor to plan; and the file that was given is what is remembered."
+    for name in ('taesd', 'taesd3'): save_taesd(name, TAESD[name], tmp_path/name)
+    both = tmp_path/'both'
+    both.mkdir()
+    for file in [*tmp_path.glob('taesd*/*')]: shutil.copy(file, both)
+    for opened in (load_tokenizer, tk.made_for_sphere, lambda place: bare_tokenizer(str(place))):
+        with pytest.raises(ValueError, match=r'holds the weights of taesd, taesd3: give the path of a file, such as .*both/taesd_encoder\.safetensors'): opened(both)
+    for name, half in (('taesd', 'decoder'), ('taesd3', 'encoder')):
+        file, alone = both/f'{name}_{half}.safetensors', load_tokenizer(tmp_path/name)
+        found = load_tokenizer(file)
+        assert (found.name, found.d, found.identity, found.place) == (name, TAESD[name], alone.identity, str(file))
+        assert load_tokenizer(found.place).identity == alone.identity and bare_tokenizer(str(file)).d == TAESD[name]
+    digits = load_tokenizer(tk.TOKENIZERS['digits']/'spherical'/'tokenizer.json')
+    assert digits.identity == load_tokenizer('digits', spherical=True).identity, 'a file of any format'
+    assert bare_tokenizer(str(tk.TOKENIZERS['digits']/'vanilla'/'config.json')).d == 16
 
 
 def test_hub_names_load_from_the_cache(tmp_path):
@@ -452,7 +472,7 @@ def test_streamed_statistics_are_those_of_all_latents_at_once():
 @real
 @torch.no_grad()
 def test_taef2_reconstructs_photographs():
-    t, source = load_tokenizer(SHARED/'weights'), ImageSource(SHARED/'data'/'imagenet_samples_256.parquet', 256)
+    t, source = load_tokenizer(SHARED/'weights'/'taef2_encoder.safetensors'), ImageSource(SHARED/'data'/'imagenet_samples_256.parquet', 256)
     assert (t.name, t.d, t.downsample) == ('taef2', 32, 8) and t.transform.config == tk.LatentTransform().config
     quality = torch.cat([psnr(t.decode(t.encode(x)), x) for x, _ in source.batches(8, source.shuffled(0), 16)])
     assert quality.mean() > 26
@@ -485,7 +505,8 @@ def test_the_study_behind_the_chapters_in_small(tmp_path, monkeypatch):
     import study_taef2
     material = tmp_path/'material'
     material.mkdir()
-    (material/'taef2').symlink_to(SHARED/'weights')
+    (material/'taef2').mkdir()
+    for f in (SHARED/'weights').glob('taef2_*'): (material/'taef2'/f.name).symlink_to(f)
     for f in (SHARED/'data').iterdir(): (material/f.name).symlink_to(f)
     def run(command, *args):
         result = call(command, *args, cwd=tmp_path)

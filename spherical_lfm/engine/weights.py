@@ -337,11 +337,19 @@ _FILES = {
     **{name: (f'{name}_encoder.safetensors', f'{name}_decoder.safetensors') for name in _TAESD_CHANNELS},
 }
 
-def format_of(folder: Path) -> str:
-    "Which format lies in a local folder; what is not recognised is taken for diffusers."
-    here = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+def format_of(place: Path) -> str:
+    """The format of a local folder or of one of its files; what is not recognised is taken for diffusers.
+
+    Raises `ValueError` for a folder that holds several.
+    """
+    files = place.iterdir() if place.is_dir() else [place] if place.exists() else []
+    here = {f.name for f in files}
     if 'config.json' in here: return 'diffusers'
-    return next((f for f, names in _FILES.items() if here & set(names)), 'diffusers')
+    found = [f for f, names in _FILES.items() if here & set(names)]
+    if len(found) > 1:
+        raise ValueError(f'{place} holds the weights of {", ".join(found)}: '
+                         f'give the path of a file, such as {place/_FILES[found[0]][0]}')
+    return found[0] if found else 'diffusers'
 
 # %% ../../nbs/engine/weights.ipynb #64938c31
 def _files(place: str | Path, format: str) -> list[Path]:

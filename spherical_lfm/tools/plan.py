@@ -110,8 +110,9 @@ def bare_tokenizer(
     name_or_path: str # as for `load_tokenizer`
 ) -> Tokenizer: # on the meta device: shapes without numbers
     "A tokenizer without weights. Raises `FileNotFoundError` for what is neither a name nor an autoencoder's folder."
-    folder = Path(name_or_path)
-    known = name_or_path if name_or_path in _AUTOENCODERS else format_of(folder)
+    place = Path(name_or_path)
+    known = name_or_path if name_or_path in _AUTOENCODERS else format_of(place)
+    folder = place.parent if place.is_file() else place
     make = _AUTOENCODERS.get(known) or partial(_from_config, folder)
     with torch.device('meta'):
         model = make()
