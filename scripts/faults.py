@@ -90,6 +90,12 @@ SPHERE = faults(
 
 PATHS = faults(
     'paths',
+    ('on the sphere data is the output itself', 'return sphere.project(z + out)', 'return sphere.project(out)',
+     'a fresh network stays where it is', 'exact_prediction::test_velocities_are_those_of_the_formulas'),
+    ('the time that has passed, not the time that is left', 'remaining = (1 - t).clamp', 'remaining = t.clamp',
+     'what a predicted point says', 'exact_prediction::test_velocities_are_those_of_the_formulas'),
+    ('all arms predict data once one does', 'path = copy.copy(self)', 'path = self',
+     'arms are what they are called', 'exact_prediction::test_velocities_are_those_of_the_formulas'),
     ('the linear velocity points back', 'return (1 - t)*z0 + t*z1, z1 - z0', 'return (1 - t)*z0 + t*z1, z0 - z1',
      'v = z1 - z0', 'exact_geometry::test_velocity_is_the_derivative_of_the_position'),
     ('time runs from data to noise', 'return (1 - t)*z0 + t*z1, z1 - z0', 'return (1 - t)*z1 + t*z0, z0 - z1',
@@ -248,13 +254,15 @@ DECODER = faults(
 
 SIT = faults(
     'sit',
+    ('the skip forgets the time', '(nn.functional.silu(when) @ self.alpha)', '(nn.functional.silu(0*when + 1) @ self.alpha)',
+     'α is a function of time', 'exact_prediction::test_the_skip_adds_a_multiple_of_the_position'),
     ('latents are not cast to the dtype of the weights', 'z.to(self.pos_embed.dtype)', 'z',
      'models in bfloat16', 'pipeline::test_the_network_casts_latents_to_its_dtype'),
     ('heads of any size', 'for w, _, h in SIZES.values() if w == width), None)',
      'for w, _, h in SIZES.values()), None)',
      'published checkpoints', 'sit::test_heads_of_a_published_size_are_known'),
-    ('time and class do not condition', 'cond = self.t_embedder(1 - t if c.reverse_time else t) + self.y_embedder(y)',
-     'cond = self.t_embedder(0*t) + self.y_embedder(0*y)',
+    ('time and class do not condition', 'cond = when + self.y_embedder(y)',
+     'cond = 0*when + self.y_embedder(0*y)',
      'class-conditional velocities', 'sit::test_published_arithmetic'),
     ('the class is ignored', '+ self.y_embedder(y)', '+ self.y_embedder(0*y)',
      'class-conditional velocities', 'sit::test_published_arithmetic'),
@@ -278,6 +286,13 @@ SIT = faults(
 
 TRAINING = faults(
     'training',
+    ('training forgets the skip', ', num_classes=classes, skip=config.skip)', ', num_classes=classes)',
+     'the skip of a run', 'exact_prediction::test_a_run_remembers_what_it_predicts'),
+    ('late errors of data weigh too much', '((1 - t)/.05).clamp(max=1.).square()', '((1 - t)/.05).clamp(max=1.)',
+     'the weight of late times', 'exact_prediction::test_loss_by_hand_and_none_for_whoever_knows_the_data'),
+    ('a trainer forgets what is predicted', 'arm_path(config.arm, config.project_velocity, prediction=config.prediction)',
+     'arm_path(config.arm, config.project_velocity)',
+     'a network that predicts data', 'exact_prediction::test_a_run_remembers_what_it_predicts'),
     ('a resumed run forgets the optimiser', 'restore_optimizer(self.net, self.optimizer, state)', 'pass',
      'exact resume', 'exact_training::test_a_run_goes_on_as_if_it_had_not_stopped'),
     ('a resumed run starts its average anew', 'torch._foreach_copy_(self.ema, self.weights)', 'pass',
@@ -380,14 +395,19 @@ TRAINING = faults(
 
 SAMPLING = faults(
     'sampling',
+    ('the last step asks where no time is left', "'euler' if path.prediction == 'data' and ahead >= 1 else method", 'method',
+     'sampling with predicted data', 'exact_prediction::test_order_of_convergence'),
+    ('guidance mixes data points', '(path.velocity(z, times, out) for out in _with_and_without(model, z, times, y, from_class))',
+     '_with_and_without(model, z, times, y, from_class)',
+     'guidance by velocities', 'exact_prediction::test_guidance_leads_away_by_velocities'),
     ('guidance interpolates from the class', 'without + w*(with_class - without)',
      'with_class + w*(with_class - without)',
      'v_u + w (v_c - v_u)', 'exact_sampling::test_guided_velocity_on_a_table'),
     ('guided velocities are not projected', 'return path.tangent(z, without + w*(with_class - without))',
      'return without + w*(with_class - without)',
      'velocities are tangential', 'exact_sampling::test_guided_velocity_on_a_table'),
-    ('plain velocities are not projected', 'return path.tangent(z, model(z, times, y).float())',
-     'return model(z, times, y).float()',
+    ('plain velocities are not projected', 'return path.tangent(z, path.velocity(z, times, model(z, times, y).float()))',
+     'return path.velocity(z, times, model(z, times, y).float())',
      'velocities are tangential', 'exact_sampling::test_guided_velocity_on_a_table'),
     ('the interval is ignored', 'own is None and not begin <= t <= end', 'False',
      'guidance only in its interval', 'exact_sampling::test_guidance_only_within_its_interval'),
@@ -417,7 +437,7 @@ SAMPLING = faults(
     ('given noise is ignored', 'if noise is None else noise[rows]', 'if True else noise[rows]',
      'the noise that was given', 'exact_sampling::test_a_sample_depends_on_seed_and_number_alone'),
     ('load_run forgets project_velocity',
-     "path = arm_path(record['config']['arm'], record['config'].get('project_velocity', True))",
+     "path = arm_path(**_path_settings(record['config']))",
      "path = arm_path(record['config']['arm'])",
      'a run samples as it was trained', 'exact_sampling::test_a_loaded_run_is_its_average_and_its_path'),
     ('load_run takes the raw weights', "SiT.from_pretrained(folder/('ema' if weights == 'ema' else 'model'))",
@@ -728,6 +748,8 @@ PROCESSES = faults(
 
 RUNS = faults(
     'engine.runs',
+    ('settings younger than a checkpoint count as changed', "then = {**vars(type(self.config)), **saved['config']}", "then = {**saved['config']}",
+     'a run goes on', 'exact_prediction::test_a_run_goes_on_as_what_it_was'),
     ('the first step is waited for', 'if self.step > self._first: return', 'return',
      'a signal ends what would compile for ever', 'training::test_a_signal_in_the_first_step_is_not_kept_waiting'),
     ('a checkpoint that does not fit into memory is damaged', """SafetensorError) as e: # whatever else is a bug
@@ -800,8 +822,12 @@ CLI = faults(
 
 PIPELINE = faults(
     'tools.pipeline',
+    ('velocities are taken for data', 't, z, velocity=True)', 't, z)',
+     'a pipeline of a network that predicts data', 'exact_prediction::test_a_run_remembers_what_it_predicts'),
+    ('a scheduler forgets what is predicted', 'arm_path(arm, project_velocity, prediction=prediction)', 'arm_path(arm, project_velocity)',
+     'a scheduler takes what the model gives', 'exact_prediction::test_a_loop_over_the_scheduler_takes_what_the_model_gives'),
     ("the scheduler's adams2 is Euler",
-     'z = METHODS[self.config.method]', "z = METHODS['euler']",
+     'z = method.step(lambda', "z = METHODS['euler'].step(lambda",
      'the scheduler has the solvers of sample', 'exact_sampling::test_multi_step_schedulers_by_hand'),
     ('the scheduler ignores the shift', '_step_times(num_inference_steps, self.config.shift)',
      '_step_times(num_inference_steps, 1.)',
@@ -826,7 +852,7 @@ PIPELINE = faults(
      'steps are counted', 'pipeline::test_a_bare_loop_is_sample'),
     ('the first step is always the first', 'self.index_for_timestep(timestep) if', '0 if',
      'loops may begin anywhere', 'pipeline::test_a_scheduler_refuses_times_that_are_none_and_steps_after_the_last'),
-    ('positions in the dtype of the network', '    sample, model_output, _ = lift(sample, model_output)\n', '',
+    ('positions in the dtype of the network', '    sample, v, _ = lift(sample, model_output)\n', '    v = model_output\n',
      'geometry in float32', 'pipeline::test_a_loop_in_bfloat16_stays_on_the_sphere'),
     ('a scheduler forgets what is given by position', '        self.register_to_config(_use_default_values=[])\n', '',
      'settings of a scheduler', 'pipeline::test_a_saved_scheduler_has_its_settings'),
@@ -851,6 +877,8 @@ PIPELINE = faults(
 
 STUDIES = faults(
     'tools.studies',
+    ('speeds are of what was not asked for', '(run.path.velocity(z, t, run.model(z, t, y).float()), v))', '(v, v))',
+     'predicted over true speed', 'exact_prediction::test_a_profile_of_speed_by_hand'),
     ('streamed shares divide norms by powers', 'self._radial[path] += radial.square().sum(0)',
      'self._radial[path] += radial.abs().sum(0)',
      'radial shares of a tokenizer', 'exact_geometry::test_streamed_token_statistics_by_hand'),

@@ -45,6 +45,13 @@ def results(out: Path, scale: float):
     seeds_study(out/'results'/'digits_comparison.json', (0, 1, 2) if scale == 1 else (0,), scale)
 
 
+def prediction(out: Path, scale: float):
+    "What the network predicts, changed in all arms; runs stay in `runs/prediction` beside the folder."
+    from spherical_lfm.tools.studies import PREDICTIONS, prediction_study
+    few = {} if scale == 1 else dict(seeds=(0,), variants=PREDICTIONS[3::4]) # a rehearsal
+    prediction_study(out/'results'/'digits_prediction.json', out.parent/'runs'/'prediction', scale=scale, **few)
+
+
 def solvers(out: Path, scale: float):
     "Fréchet distance against evaluations of the network for every solver."
     from spherical_lfm.tools.studies import solver_study
@@ -58,7 +65,7 @@ def evolution(out: Path, scale: float):
     evolution_study(out/'results'/'digits_evolution.png', scale=scale)
 
 
-STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, solvers, evolution)}
+STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, prediction, solvers, evolution)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -86,8 +86,12 @@ def trajectory(
     "Follow a field by a solver of fixed steps."
     past: list = []
     for t, ahead in zip(times, times[1:]):
-        z = solver(method).step(field, path, z, t, ahead - t, past)
+        z = _method_of_step(method, path, ahead).step(field, path, z, t, ahead - t, past)
         yield ahead, z
+
+def _method_of_step(method: str, path: FlowPath, ahead: float) -> Solver:
+    "The solver; for the last step of a path that predicts data it is `euler`, which lands on the predicted point."
+    return solver('euler' if path.prediction == 'data' and ahead >= 1 else method)
 
 # %% ../nbs/09_sampling.ipynb #c8267b0c
 def _step_times(steps: int, shift: float) -> Tensor:
@@ -143,13 +147,13 @@ class Sampler:
 
 # %% ../nbs/09_sampling.ipynb #efd7f346
 def _with_and_without(model: Callable, z: Tensor, times: Tensor, y: Tensor, away: int) -> tuple[Tensor, ...]:
-    "v_c and v_u at the same positions, from one batch of twice the size."
+    "Output with the class and without it at the same positions, from one batch of twice the size."
     classes = torch.cat([y, torch.full_like(y, away)])
     return model(torch.cat([z, z]), torch.cat([times, times]), classes).float().chunk(2)
 
 # %% ../nbs/09_sampling.ipynb #3a2f001f
 def guided_velocity(
-    model: Callable,               # (z, t, y) -> velocity
+    model: Callable,               # (z, t, y) -> what the path says it predicts
     path: FlowPath,                # decides which part counts
     z: Tensor,                     # positions [B, d, h, w]
     t: float | Tensor,             # time in [0, 1]: one for all, or one per sample [B]
@@ -162,10 +166,10 @@ def guided_velocity(
     own = t if isinstance(t, Tensor) and t.ndim else None
     times = torch.full((len(z),), float(t), device=z.device) if own is None else own.to(z.dtype)
     if sampler.guidance == 1. or own is None and not begin <= t <= end:
-        return path.tangent(z, model(z, times, y).float())
+        return path.tangent(z, path.velocity(z, times, model(z, times, y).float()))
     from_class = null_class if sampler.negative is None else sampler.negative
     if from_class is None: raise ValueError('guidance needs a class to lead away from: give null_class')
-    with_class, without = _with_and_without(model, z, times, y, from_class)
+    with_class, without = (path.velocity(z, times, out) for out in _with_and_without(model, z, times, y, from_class))
     inside = (times >= begin) & (times <= end)
     w = sampler.guidance if own is None else torch.where(inside, sampler.guidance, 1.).view(-1, 1, 1, 1)
     return path.tangent(z, without + w*(with_class - without))
@@ -228,7 +232,10 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _walk(field: Callable, path: FlowPath, z: Tensor, sampler: Sampler) -> Iterator[tuple[float, Tensor]]:
     "`trajectory` by any method; 'adaptive', whose samples have no times in common, hands over the end alone."
     if sampler.method != 'adaptive': yield from trajectory(field, path, z, sampler.times, sampler.method)
-    else: yield 1., _higher_order().adaptive(field, path, z, sampler.tolerance)[0]
+    elif path.prediction == 'velocity': yield 1., _higher_order().adaptive(field, path, z, sampler.tolerance)[0]
+    else:
+        z, _ = _higher_order().adaptive(field, path, z, sampler.tolerance, end=.99)
+        yield 1., euler(field, path, z, .99, .01, [])
 
 # %% ../nbs/09_sampling.ipynb #b0f97080
 @torch.no_grad()
@@ -290,6 +297,10 @@ class LoadedRun(NamedTuple):
     path: FlowPath   # the path it was trained on
     record: dict     # what its checkpoint tells of the run, and 'weights', a hash of them
 
+def _path_settings(config: dict) -> dict:
+    "What of a run's config belongs to its path, as arguments of `arm_path`; older runs say less."
+    return {k: config[k] for k in ('arm', 'project_velocity', 'prediction') if k in config}
+
 def load_run(
     run: str | Path,                   # a run folder of the trainer
     step: int | None = None,           # which checkpoint; None means the newest
@@ -303,7 +314,7 @@ def load_run(
     if weights not in ('ema', 'raw'): raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
     model, record = _read_checkpoint(_checkpoint_of(run, step), weights)
     record['weights'] = tensor_digest({'weights': weights}, model.state_dict())
-    path = arm_path(record['config']['arm'], record['config'].get('project_velocity', True))
+    path = arm_path(**_path_settings(record['config']))
     return LoadedRun(model.to(device).eval().requires_grad_(False), path, record)
 
 # %% ../nbs/09_sampling.ipynb #e2c3a57b

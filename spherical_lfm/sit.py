@@ -153,6 +153,7 @@ def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: 
 # %% ../nbs/07_sit.ipynb #55d8be02
 class SiT(ModelMixin, ConfigMixin):
     "Scalable interpolant transformer: (z [B, c, s, s], t [B], y [B]) to a velocity of the shape of z."
+    alpha: nn.Parameter | None #: of `skip`
     _supports_gradient_checkpointing = True
     _no_split_modules = ['SiTBlock']
     _keep_in_fp32_modules = None # every layer may be cast
@@ -168,7 +169,8 @@ class SiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.,       # hidden channels of the MLPs over `hidden_size`
         num_classes: int = 1000,     # classes, without the null class
         learn_sigma: bool = False,   # emit, and discard, a second half of channels like the published checkpoints
-        reverse_time: bool = False   # weights were trained with time running from data to noise
+        reverse_time: bool = False,  # weights were trained with time running from data to noise
+        skip: bool = False           # add α(t) z to the output, α a learned function of time that starts at 0
     ):
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads)
@@ -179,6 +181,7 @@ class SiT(ModelMixin, ConfigMixin):
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size//patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels*(2 if learn_sigma else 1))
+        self.register_parameter('alpha', nn.Parameter(torch.zeros(hidden_size)) if skip else None)
         self._initialise()
 
     @classmethod
@@ -215,12 +218,14 @@ def forward(self: SiT,
     c, n = self.config, self.config.input_size
     if z.shape[1:] != (c.in_channels, n, n):
         raise ValueError(f'this model takes latents [B, {c.in_channels}, {n}, {n}], got {tuple(z.shape)}')
-    x = self.x_embedder(z.to(self.pos_embed.dtype)) + self.pos_embed
-    cond = self.t_embedder(1 - t if c.reverse_time else t) + self.y_embedder(y)
+    z = z.to(self.pos_embed.dtype)
+    x, when = self.x_embedder(z) + self.pos_embed, self.t_embedder(1 - t if c.reverse_time else t)
+    cond = when + self.y_embedder(y)
     recompute = self.gradient_checkpointing and torch.is_grad_enabled()
     for block in self.blocks:
         x = self._gradient_checkpointing_func(block, x, cond) if recompute else block(x, cond)
     x = unpatchify(self.final_layer(x, cond), c.patch_size, n//c.patch_size)[:, :c.in_channels]
+    if self.alpha is not None: x = x + (nn.functional.silu(when) @ self.alpha).view(-1, 1, 1, 1)*z
     return -x if c.reverse_time else x
 
 # %% ../nbs/07_sit.ipynb #7300ff25

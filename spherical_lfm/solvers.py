@@ -126,9 +126,10 @@ def adaptive(
     path: FlowPath,          # how to step and to read velocities
     z: Tensor,               # positions at t=0 [B, d, h, w]
     tolerance: float = 1e-2, # accepted error of a step, as root mean square per latent value
-    limit: int = 1000        # rounds of the loop
-) -> tuple[Tensor, int]: # positions at t=1, and evaluations of the whole batch
-    """From 0 to 1 by `bogacki_shampine` with a step of its own for every sample.
+    limit: int = 1000,       # rounds of the loop
+    end: float = 1.          # where to stop
+) -> tuple[Tensor, int]: # positions at the end, and evaluations of the whole batch
+    """From 0 to `end` by `bogacki_shampine` with a step of its own for every sample.
 
     Raises `FloatingPointError` if the limit is reached or a velocity is not finite.
     """
@@ -137,14 +138,14 @@ def adaptive(
     dt = torch.full_like(t, .05)
     v, evaluations = field(z, t), 1
     for _ in range(limit):
-        if bool((t >= 1).all()): return z, evaluations
-        h = torch.minimum(dt, 1 - t).clamp_min(0)
+        if bool((t >= end).all()): return z, evaluations
+        h = torch.minimum(dt, end - t).clamp_min(0)
         ahead, then, error = bogacki_shampine(field, path, z, t, h.view(spread), v)
         evaluations += 3
         size = _error_size(error)
         accepted = (size <= tolerance) & (h > 0)
         z, v = (torch.where(accepted.view(spread), new, old) for new, old in ((ahead, z), (then, v)))
-        t = torch.where(accepted, torch.where(h >= 1 - t, 1., t + h), t)
+        t = torch.where(accepted, torch.where(h >= end - t, end, t + h), t)
         dt = _next_step(h, size, tolerance)
     raise FloatingPointError(f'tolerance {tolerance} was not reached in {limit} rounds: raise it')
 

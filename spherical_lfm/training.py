@@ -53,6 +53,8 @@ class TrainConfig:
     time_sampling: str = 'uniform' # 'uniform' or 'logit-normal'
     time_shift: float = 1.         # `shift_time` of the drawn times; more than 1 trains more near the noise
     project_velocity: bool = True  # compare tangential velocities on slerp; False is an ablation
+    prediction: str = 'velocity'   # what the network gives: 'velocity', or 'data' (the point where the path ends)
+    skip: bool = False             # add α(t) z to the network's output, α a learned function of time
     jacobi: bool = False           # weight tokens of slerp by (sin x / x)², x = (1 - t)θ
     coupling: str = 'independent'  # 'independent', or 'transport': minibatch OT coupling of noise and data
     precision: str = 'float32'     # 'float32' or 'bf16' (autocast; geometry and loss stay float32)
@@ -84,7 +86,7 @@ _CHOICES = {
 
 def _check_settings(c: TrainConfig):
     "Raise `ValueError` for settings that exclude each other or mean nothing."
-    path = arm_path(c.arm, c.project_velocity)
+    path = arm_path(c.arm, c.project_velocity, prediction=c.prediction)
     if c.coupling == 'transport' and not path.spherical:
         raise ValueError('OT coupling compares angles: it is for spherical arms')
     if c.jacobi and c.arm != 'spherical-slerp':
@@ -101,7 +103,7 @@ def _check_settings(c: TrainConfig):
 
 # %% ../nbs/08_training.ipynb #13fd2ce9
 def flow_loss(
-    model,                # (z, t, y) -> velocity
+    model,                # (z, t, y) -> what the path says it predicts
     path: FlowPath,       # which route
     z0: Tensor,           # noise [B, d, h, w]
     z1: Tensor,           # data, same shape
@@ -111,8 +113,9 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor]: # loss [B], power of the target [B]: means over tokens, per channel
     "Squared error between the velocities that count, |Π(v_model) - Π(v)|²/d per token, in float32."
     z_t, v_t = path.interpolate(z0, z1, t)
-    v, target = model(z_t, t, y).float(), path.tangent(z_t, v_t)
+    v, target = path.velocity(z_t, t, model(z_t, t, y).float()), path.tangent(z_t, v_t)
     error = (path.tangent(z_t, v) - target).square().mean(1)
+    if path.prediction == 'data': error = error*((1 - t)/.05).clamp(max=1.).square().view(-1, 1, 1)
     if jacobi: error = error*torch.sinc((1 - t).view(-1, 1, 1)*sphere.angle(z0, z1)/torch.pi).square()
     return error.mean((1, 2)), target.square().mean((1, 2, 3))
 
@@ -251,7 +254,7 @@ def _new_network(config: TrainConfig, data: LatentDataset, classes: int) -> SiT:
     d, side, _ = data.index['shape']
     with torch.random.fork_rng(devices=[]): # its default opens a context on every GPU
         torch.default_generator.manual_seed(config.seed)
-        net = SiT.from_name(config.model, input_size=side, in_channels=d, num_classes=classes)
+        net = SiT.from_name(config.model, input_size=side, in_channels=d, num_classes=classes, skip=config.skip)
     if config.checkpointing: net.enable_gradient_checkpointing()
     return net
 
@@ -296,7 +299,7 @@ class Trainer(ResumableRun):
         classes: int | None = None   # number of classes; None takes them from the labels
     ):
         self.config, self.data, self.out, self.name = config, data, Path(out), config.arm
-        self.path = arm_path(config.arm, config.project_velocity)
+        self.path = arm_path(config.arm, config.project_velocity, prediction=config.prediction)
         classes = classes or data.classes
         _check_data(config, self.path, data, classes)
         self.accelerator = new_accelerator(log_with=tracker_names(config.trackers) or None, project_dir=self.out)

@@ -35,6 +35,9 @@ def test_the_stages_that_make_the_data(tmp_path, monkeypatch):
     study = json.loads((tmp_path/'results'/'digits_comparison.json').read_text())
     assert {r['arm'] for r in study['rows']} == {'vanilla-linear', 'vanilla-shell', 'spherical-linear', 'spherical-slerp'}
     for r in study['rows']: assert r['steps'] == 12 and r['fd'] > 0 and 0 <= r['accuracy'] <= 1
+    velocity, data, free = json.loads((tmp_path/'results'/'digits_prediction.json').read_text())['rows']
+    assert {r['arm'] for r in (velocity, data, free)} == {'spherical-slerp'} and data['prediction'] == 'data' and not free['project_velocity']
+    assert velocity['times'] == data['times'] == pytest.approx([k/20 + .025 for k in range(20)]) and min(velocity['errors']) > 0 < min(data['speed'])
 
 
 def test_stored_tokenizers_share_latents_and_differ_in_decoders():

@@ -222,7 +222,7 @@ def test_geometry_stays_on_the_gpu_and_nobody_waits(machine, name):
     assert machine.done
 
 
-PATHS = {**ARMS, 'ablation: all of the velocity': SlerpPath(project_velocity=False), 'straight steps': SlerpPath(exponential=False)}
+PATHS = {**ARMS, **{f'{arm}, data': path.predicting('data') for arm, path in ARMS.items()}, 'ablation: all of the velocity': SlerpPath(project_velocity=False), 'straight steps': SlerpPath(exponential=False)}
 
 
 def walk(path, put):
@@ -230,7 +230,7 @@ def walk(path, put):
     z0, z1 = (put(x) for x in (pair() if path.spherical else (tokens(), tokens(1))))
     z, v = path.interpolate(z0, z1, put(T))
     per_sample = put(torch.tensor([.1, .2, .3])).view(-1, 1, 1, 1)
-    return z, v, path.tangent(z, v), path.step(z, v, .1), path.step(z, v, per_sample), path.transport(z, z1, v), path.dexp_inverse(z, .1*v, v)
+    return z, v, path.tangent(z, v), path.step(z, v, .1), path.step(z, v, per_sample), path.transport(z, z1, v), path.dexp_inverse(z, .1*v, v), path.velocity(z, put(T), v)
 
 
 @pytest.mark.parametrize('name', PATHS)
@@ -279,10 +279,10 @@ def test_the_network_stays_on_the_gpu(machine, options):
 
 
 @pytest.mark.parametrize('arm', ARMS)
-@pytest.mark.parametrize('bf16', [False, True])
-def test_the_loss_of_a_training_step(machine, arm, bf16):
+@pytest.mark.parametrize('bf16, prediction', [(False, 'velocity'), (True, 'velocity'), (False, 'data')])
+def test_the_loss_of_a_training_step(machine, arm, bf16, prediction):
     "Also under autocast, where the loss stays float32."
-    path = ARMS[arm]
+    path = ARMS[arm].predicting(prediction)
     def work(put):
         ends = (put(path.prior((3, 8, 4, 4), torch.Generator().manual_seed(1))), put(path.projection(latent()) if path.spherical else latent()))
         net, jacobi = put(network().requires_grad_(True)), arm == 'spherical-slerp'

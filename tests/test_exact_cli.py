@@ -43,7 +43,7 @@ def words(options: dict) -> list[str]:
 
 def test_options_of_training(place, monkeypatch, tmp_path):
     options = dict(model='SiT-Ti/4', steps=7, batch_size=12, lr=.003, warmup=5, ema_decay=.8, max_grad_norm=.7,
-                   label_dropout=.2, time_sampling='logit-normal', time_shift=2.,
+                   label_dropout=.2, prediction='data', skip=True, time_sampling='logit-normal', time_shift=2.,
                    coupling='transport', jacobi=True, precision='bf16', compile=True, accumulate=3, checkpointing=True,
                    parallel='fsdp', seed=4, log_every=3, checkpoint_every=6, keep=2)
     recorder = Recorder(monkeypatch, cli, 'Trainer', stop)

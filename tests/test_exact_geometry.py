@@ -255,7 +255,7 @@ def test_a_step_by_hand(arm):
 
 def test_arms_are_what_they_are_called():
     assert {arm: repr(p) for arm, p in ARMS.items()} == {
-        'vanilla-linear': 'LinearPath()', 'vanilla-shell': 'ShellPath()',
+        'vanilla-linear': 'LinearPath(spherical=False)', 'vanilla-shell': 'ShellPath()',
         'spherical-linear': 'LinearPath(spherical=True)',
         'spherical-slerp': 'SlerpPath(project_velocity=True, exponential=True)'}
     assert repr(arm_path('spherical-slerp', False, True)) == 'SlerpPath(project_velocity=False, exponential=True)'

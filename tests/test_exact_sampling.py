@@ -337,7 +337,7 @@ def test_a_loaded_run_is_its_average_and_its_path(runs):
     from safetensors.torch import load_file
     for name, text in (('plain', 'SlerpPath(project_velocity=True, exponential=True)'),
                        ('unprojected', 'SlerpPath(project_velocity=False, exponential=True)'),
-                       ('vanilla-linear', 'LinearPath()')):
+                       ('vanilla-linear', 'LinearPath(spherical=False)')):
         for step in (None, 1, 2):
             model, path, record = load_run(runs/name, step)
             folder = runs/name/'checkpoints'/f'step-{step or 2:08d}'

@@ -581,7 +581,8 @@ def _folder(self: ResumableRun) -> Path:
 def _state(self: ResumableRun, folder: Path) -> dict:
     "The state.json of a checkpoint, after checking that it belongs to this run."
     saved = _checkpoint_state(folder)
-    _refuse_changes(folder, saved, self.info, self.free)
+    then = {**vars(type(self.config)), **saved['config']} # a setting younger than the checkpoint had its default
+    _refuse_changes(folder, saved | {'config': then}, self.info, self.free)
     return saved
 
 # %% ../../nbs/engine/runs.ipynb #46701e0b

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..engine.checks import check_range, check_tokens, lift
 from ..paths import FlowPath, arm_path
-from ..sampling import (
-    Sampler, _step_times, check_classes, guided_velocity, latent_shape, load_run, tokenizer_for)
+from spherical_lfm.sampling import (
+    Sampler, _method_of_step, _path_settings, _step_times, check_classes, guided_velocity, latent_shape, load_run,
+    tokenizer_for)
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer
 from ..solvers import METHODS
@@ -50,14 +51,15 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         arm: str = 'spherical-slerp',  # a key of `ARMS`
         method: str = 'euler',         # 'euler', 'adams2' or 'adams3'
         shift: float = 1.,             # `shift_time` of the steps
-        project_velocity: bool = True  # as the model was trained
+        project_velocity: bool = True, # as the model was trained
+        prediction: str = 'velocity'   # what the model gives: 'velocity' or 'data'
     ):
         if method not in METHODS or METHODS[method].evaluations != 1:
             raise ValueError('a scheduler takes one evaluation per step: method must be euler, adams2 or adams3, '
                              f'got {method!r}')
         # diffusers notes arguments given by position as defaults, and `from_config` would forget them
         self.register_to_config(_use_default_values=[])
-        self.path = arm_path(arm, project_velocity)
+        self.path = arm_path(arm, project_velocity, prediction=prediction)
         self.set_timesteps(50)
 
 # %% ../../nbs/tools/pipeline.ipynb #3fb13506
@@ -113,10 +115,11 @@ def add_noise(self: FlowScheduler,
 # %% ../../nbs/tools/pipeline.ipynb #c3d3daa0
 @patch
 def step(self: FlowScheduler,
-    model_output: Tensor,      # velocity [B, d, h, w]
+    model_output: Tensor,      # what the model predicts [B, d, h, w]
     timestep: float | Tensor,  # where the first step begins, one of `timesteps`; later steps are counted
     sample: Tensor,            # positions
-    return_dict: bool = True   # False returns a tuple
+    return_dict: bool = True,  # False returns a tuple
+    velocity: bool = False     # the output is a velocity by now, whatever the model predicts
 ) -> FlowSchedulerOutput | tuple:
     """From a timestep to the next in float32 or wider; multi-step methods begin with an Euler step.
 
@@ -127,10 +130,11 @@ def step(self: FlowScheduler,
     if self.step_index >= self.num_inference_steps:
         raise ValueError(f'all {self.num_inference_steps} steps are done: use set_timesteps to begin again')
     t, ahead = self._times[self.step_index:self.step_index + 2].tolist()
-    sample, model_output, _ = lift(sample, model_output)
-    v = self.path.tangent(sample, model_output)
-    if self._past or self.config.method == 'euler':
-        z = METHODS[self.config.method].step(lambda *_: v, self.path, sample, t, ahead - t, self._past)
+    sample, v, _ = lift(sample, model_output)
+    if not velocity: v = self.path.velocity(sample, sample.new_full((len(sample),), t), v)
+    v, method = self.path.tangent(sample, v), _method_of_step(self.config.method, self.path, ahead)
+    if self._past or method is METHODS['euler']:
+        z = method.step(lambda *_: v, self.path, sample, t, ahead - t, self._past)
     else:
         self._past = [(t, sample, v)]
         z = self.path.step(sample, v, ahead - t)
@@ -166,8 +170,7 @@ class SphericalSiTPipeline(DiffusionPipeline):
         "Pipeline of a trained run."
         model, path, record = load_run(run, step)
         tok = tokenizer_for(record, tokenizer)
-        projected = record['config'].get('project_velocity', True)
-        scheduler = FlowScheduler(record['config']['arm'], project_velocity=projected)
+        scheduler = FlowScheduler(**_path_settings(record['config']))
         return cls(model, scheduler, tok.autoencoder, tok.transform.config)
 
 # %% ../../nbs/tools/pipeline.ipynb #c16338ff
@@ -286,7 +289,7 @@ def __call__(self: SphericalSiTPipeline,
     # the field takes times as `sample` does, before they are rounded to float32
     for k, (t, exact) in enumerate(self.progress_bar([*zip(self.scheduler.timesteps, sampler.times)])):
         if self._interrupt: continue
-        z = self.scheduler.step(field(z, exact), t, z).prev_sample
+        z = self.scheduler.step(field(z, exact), t, z, velocity=True).prev_sample
         if callback_on_step_end: z = _after(callback_on_step_end, (self, k, t), names, z)
     images = self._decoded(decoder, z, output_type)
     self.maybe_free_model_hooks()
