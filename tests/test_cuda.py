@@ -73,13 +73,13 @@ def test_the_network(options): same(lambda put: put(network(**options))(put(late
 
 
 @pytest.mark.parametrize('arm', ARMS)
-@pytest.mark.parametrize('how', ['float32', 'bf16', 'compiled'])
+@pytest.mark.parametrize('how', ['float32', 'bf16', 'compiled', 'data, compiled'])
 def test_the_loss_and_its_gradient(arm, how):
-    path = ARMS[arm]
+    path = ARMS[arm].predicting('data' if 'data' in how else 'velocity')
     def work(put):
         ends = put(path.prior((3, 8, 4, 4), torch.Generator().manual_seed(1))), put(path.projection(latent()) if path.spherical else latent())
         net = put(network().requires_grad_(True))
-        loss_fn = torch.compile(flow_loss, dynamic=False) if how == 'compiled' else flow_loss
+        loss_fn = torch.compile(flow_loss, dynamic=False) if 'compiled' in how else flow_loss
         with torch.autocast(ends[0].device.type, torch.bfloat16, enabled=how == 'bf16'): loss, power = loss_fn(net, path, *ends, put(T), put(Y), arm == 'spherical-slerp')
         loss.mean().backward()
         return loss.detach(), power, [p.grad.norm() for p in net.parameters() if p.grad is not None]
