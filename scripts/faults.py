@@ -130,6 +130,8 @@ PATHS = faults(
 
 TOKENIZERS = faults(
     'tokenizers',
+    ('a file takes the record of its neighbour', "if format != 'diffusers' or not file.exists(): return {}", 'if not file.exists(): return {}',
+     'a tokenizer is what its files say', 'tokenizers::test_a_folder_of_several_tokenizers_is_asked_for_one_by_file'),
     ('the folder of a file is remembered', 'str(folder/Path(name_or_path).name if Path(name_or_path).is_file() else folder)',
      'str(folder)',
      'a run finds its tokenizer again', 'tokenizers::test_a_folder_of_several_tokenizers_is_asked_for_one_by_file'),
@@ -288,7 +290,7 @@ TRAINING = faults(
     'training',
     ('training forgets the skip', ', num_classes=classes, skip=config.skip)', ', num_classes=classes)',
      'the skip of a run', 'exact_prediction::test_a_run_remembers_what_it_predicts'),
-    ('late errors of data weigh too much', '((1 - t)/.05).clamp(max=1.).square()', '((1 - t)/.05).clamp(max=1.)',
+    ('late errors of data weigh too much', 'return loss*late, power*late', 'return loss*late**.5, power*late',
      'the weight of late times', 'exact_prediction::test_loss_by_hand_and_none_for_whoever_knows_the_data'),
     ('a trainer forgets what is predicted', 'arm_path(config.arm, config.project_velocity, prediction=config.prediction)',
      'arm_path(config.arm, config.project_velocity)',

@@ -41,7 +41,7 @@ from spherical_lfm.experiments import (
 )
 from spherical_lfm.fidelity import score_features
 from spherical_lfm.paths import ARMS, arm_path
-from spherical_lfm.sampling import load_run
+from spherical_lfm.sampling import _path_settings, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = 'spherical-slerp without projection'
@@ -107,7 +107,7 @@ def job(args, name: str):
     elif kind == 'sweep':
         n, exponential = int(what[2]), what[3] == 'exponential'
         drawn = load_run(run, steps, default_device())
-        if not exponential: drawn = drawn._replace(path=arm_path(base, drawn.record['config']['project_velocity'], exponential=False))
+        if not exponential: drawn = drawn._replace(path=arm_path(**_path_settings(drawn.record['config']), exponential=False))
         found = score(run, drawn, quick, reference, class_mixture(labels, preset.curve_samples//2), replace(sampler, steps=n))
         result = {'arm': arm, 'seed': seed, 'steps': n, 'exponential': exponential, **found}
     elif kind == 'swap':

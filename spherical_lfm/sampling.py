@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .engine.checks import check_range, check_tokens, out_of_memory
 from .engine.files import tensor_digest
 from .engine.runs import Stream, checkpoints, dtype_of, newest_checkpoint, seeded_generator
+from .engine.weights import _member
 from .paths import ARMS, FlowPath, arm_path, shift_time
 from .sit import SiT
 from .tokenizers import Tokenizer, load_tokenizer
@@ -90,7 +91,7 @@ def trajectory(
         yield ahead, z
 
 def _method_of_step(method: str, path: FlowPath, ahead: float) -> Solver:
-    "The solver; for the last step of a path that predicts data it is `euler`, which lands on the predicted point."
+    "The solver; for the last step of a path that predicts data it is `euler`, since nothing can be asked at t = 1."
     return solver('euler' if path.prediction == 'data' and ahead >= 1 else method)
 
 # %% ../nbs/09_sampling.ipynb #c8267b0c
@@ -355,7 +356,8 @@ def tokenizer_for(
     if remembered and not Path(remembered).exists():
         raise FileNotFoundError(f'the tokenizer of this run lay at {remembered} and is not there any more: '
                                 'give it with --tokenizer')
-    found = load_tokenizer(tokenizer or place or wanted['name'], spherical=ARMS[arm].spherical, device=device)
+    here = _member(place, wanted['name']) if place else wanted['name']
+    found = load_tokenizer(tokenizer or here, spherical=ARMS[arm].spherical, device=device)
     _check_identity(found, wanted, remembered)
     _check_projection(found, arm)
     return found

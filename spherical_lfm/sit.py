@@ -291,6 +291,7 @@ def _architecture(state: dict, num_heads: int | None = None) -> dict:
         'mlp_ratio': ratio,
         'num_classes': classes,
         'learn_sigma': out == 2*channels,
+        'skip': 'alpha' in state,
     }
 
 # %% ../nbs/07_sit.ipynb #1d07fe19

@@ -430,7 +430,7 @@ def load_tokenizer(
     """
     place, subfolder, format = _locate(name_or_path, spherical)
     model, transform = _load_model(place, subfolder, format)
-    saved = _read_record(place)
+    saved = _read_record(place, format)
     if saved: transform = LatentTransform(**saved['transform'])
     if transform is None: transform = _own_transform(model, packed or name_or_path == 'flux2-packed')
     spherical = saved.get('spherical', False) if spherical is None else spherical
@@ -479,17 +479,18 @@ def _load_model(place: str | Path, subfolder: str | None, format: str) -> tuple[
     return model, LatentTransform(**settings)
 
 # %% ../nbs/04_tokenizers.ipynb #fc959a50
-def _read_record(place: str | Path) -> dict:
-    "What `save_pretrained` recorded; empty where it did not write."
+def _read_record(place: str | Path, format: str) -> dict:
+    "What `save_pretrained` recorded beside its own format; empty where it did not write."
     file = Path(place)/'tokenizer.json'
-    if not file.exists(): return {}
+    if format != 'diffusers' or not file.exists(): return {}
     return read_json(file, 'record of a tokenizer', 'save the tokenizer again', ('transform',))
 
 def made_for_sphere(
     name_or_path: str | Path # as for `load_tokenizer`
 ) -> bool: # as far as its record says
     "Whether the decoder that decodes spherical arms was finetuned behind the projection. No weights are read."
-    return bool(_read_record(_locate(name_or_path, True)[0]).get('spherical'))
+    place, _, format = _locate(name_or_path, True)
+    return bool(_read_record(place, format).get('spherical'))
 
 # %% ../nbs/04_tokenizers.ipynb #6f04801c
 def _cast(tokenizer: Tokenizer, dtype: torch.dtype):

@@ -91,6 +91,9 @@ def _check_settings(c: TrainConfig):
         raise ValueError('OT coupling compares angles: it is for spherical arms')
     if c.jacobi and c.arm != 'spherical-slerp':
         raise ValueError(f'the Jacobi weight belongs to slerp, not to {path}')
+    if c.skip and c.arm == 'spherical-slerp' and c.project_velocity and c.prediction == 'velocity':
+        raise ValueError('skip adds a multiple of the position, which the tangent projection of slerp takes away: '
+                         'leave it out')
     for field, allowed in _CHOICES.items():
         value = getattr(c, field)
         if value not in allowed: raise ValueError(f'{field} must be one of {allowed}, got {value!r}')
@@ -111,13 +114,18 @@ def flow_loss(
     y: Tensor,            # classes [B]
     jacobi: bool = False  # weight tokens by (sin x / x)², x = (1 - t)θ; for slerp
 ) -> tuple[Tensor, Tensor]: # loss [B], power of the target [B]: means over tokens, per channel
-    "Squared error between the velocities that count, |Π(v_model) - Π(v)|²/d per token, in float32."
+    """Squared error between the velocities that count, |Π(v_model) - Π(v)|²/d per token, in float32.
+
+    For predicted data both it and the power are weighted by min(1, (1 - t)/0.05)².
+    """
     z_t, v_t = path.interpolate(z0, z1, t)
     v, target = path.velocity(z_t, t, model(z_t, t, y).float()), path.tangent(z_t, v_t)
     error = (path.tangent(z_t, v) - target).square().mean(1)
-    if path.prediction == 'data': error = error*((1 - t)/.05).clamp(max=1.).square().view(-1, 1, 1)
     if jacobi: error = error*torch.sinc((1 - t).view(-1, 1, 1)*sphere.angle(z0, z1)/torch.pi).square()
-    return error.mean((1, 2)), target.square().mean((1, 2, 3))
+    loss, power = error.mean((1, 2)), target.square().mean((1, 2, 3))
+    if path.prediction == 'velocity': return loss, power
+    late = ((1 - t)/.05).clamp(max=1.).square()
+    return loss*late, power*late
 
 # %% ../nbs/08_training.ipynb #18a09a9e
 def ot_coupling(

@@ -69,7 +69,9 @@ def test_loss_by_hand_and_none_for_whoever_knows_the_data(arm):
     said = path.toward(z_t, project(off) if path.spherical and 'slerp' in arm else off, (1 - t).view(-1, 1, 1, 1))
     weight = torch.tensor([1., 1., 1., 1., (.04/.05)**2, (.001/.05)**2], dtype=torch.float64)
     torch.testing.assert_close(found, ((said - v_t).square().mean((1, 2, 3))*weight).to(found.dtype), rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(power, v_t.square().mean((1, 2, 3)).to(power.dtype), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(power, (v_t.square().mean((1, 2, 3))*weight).to(power.dtype), rtol=1e-4, atol=1e-6)
+    stays = flow_loss(lambda z, t, y: displacement(arm, z, z), path, z0, z1, t, y)
+    torch.testing.assert_close(*stays, rtol=1e-4, atol=1e-6) # one per power: a network that does not move
 
 
 @pytest.mark.parametrize('arm', ARMS)
@@ -106,6 +108,12 @@ def test_the_skip_adds_a_multiple_of_the_position():
     torch.testing.assert_close(free(z, t, y), plain(z, t, y) + times.view(3, 1, 1, 1)*z)
     assert times.abs().min() > .01
     torch.testing.assert_close(tangent(z, free(z, t, y)), tangent(z, plain(z, t, y)), rtol=1e-4, atol=1e-5)
+    state = {k: v for k, v in free.state_dict().items()} | {'pos_embed': free.pos_embed[None]*1. if free.pos_embed.ndim == 2 else free.pos_embed}
+    assert torch.equal(SiT.from_sit_checkpoint(state, num_heads=2).alpha, free.alpha)
+    older = {k: v for k, v in plain.config.items() if k != 'skip'}
+    assert SiT.from_config(older).alpha is None
+    with pytest.raises(ValueError, match='tangent projection of slerp takes away: leave it out'): TrainConfig(skip=True)
+    TrainConfig(skip=True, prediction='data'), TrainConfig(skip=True, project_velocity=False), TrainConfig('spherical-linear', skip=True)
     assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in plain.parameters()) == 16
 
 
@@ -191,6 +199,11 @@ def test_guidance_leads_away_by_velocities():
 
 # --- the scheduler, and real runs
 
+def test_a_scheduler_that_is_older_predicts_velocities():
+    config = {k: v for k, v in FlowScheduler('vanilla-shell', 'adams2').config.items() if k != 'prediction'}
+    assert FlowScheduler.from_config(config).path.prediction == 'velocity'
+
+
 @pytest.mark.parametrize('method', ['euler', 'adams2', 'adams3'])
 def test_a_loop_over_the_scheduler_takes_what_the_model_gives(method):
     scheduler = FlowScheduler('spherical-slerp', method, prediction='data')
@@ -232,7 +245,9 @@ def test_a_run_remembers_what_it_predicts(run):
     assert (model.alpha is not None) == record['config']['skip'] == ('spherical' not in record['config']['arm'])
     y = torch.arange(6)
     plain = sample(model, path.predicting('velocity'), y, Sampler(4))
-    for method in METHODS: assert sample(model, path, y, Sampler(4, method)).isfinite().all()
+    for method in (*METHODS, 'adaptive'): assert sample(model, path, y, Sampler(4, method)).isfinite().all()
+    once = {m: sample(model, path, y, Sampler(1, m)) for m in METHODS}
+    for m in METHODS: assert torch.equal(once[m], once['euler']), 'a single step is the last one'
     found = sample(model, path, y, Sampler(4, 'adams2'))
     assert not torch.allclose(found, plain, atol=.1)
     pipe = SphericalSiTPipeline.from_run(run/'run', tokenizer='digits')

@@ -408,6 +408,13 @@ def test_help(name, capsys):
     assert e.value.code == 0 and len(shown) > 300 and 'usage' in shown and '--debug' in shown and '--pdb' not in shown
 
 
+@pytest.mark.parametrize('name', ['slfm_evaluate', 'slfm_train'])
+def test_help_on_a_terminal_without_unicode(name):
+    code = f'import sys; from spherical_lfm.tools import cli; cli.{name}(["--help"])'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'}, timeout=120)
+    assert result.returncode == 0 and result.stdout.isascii() and b'usage' in result.stdout, result.stderr[-500:]
+
+
 def test_own_warnings_are_lines_and_those_of_libraries_are_silent(capsys, caplog):
     import warnings
     @cli.command

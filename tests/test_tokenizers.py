@@ -24,6 +24,7 @@ from spherical_lfm.engine import weights as weights_module
 from spherical_lfm.engine.features import psnr
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.weights import AutoencoderTAEF2, convert_ldm_autoencoder
+from spherical_lfm.sampling import tokenizer_for
 from spherical_lfm.tokenizers import load_tokenizer, with_statistics
 from spherical_lfm.tools.plan import bare_tokenizer
 from spherical_lfm.tools.studies import Analysis, analyze_tokens
@@ -225,6 +226,17 @@ def test_a_folder_of_several_tokenizers_is_asked_for_one_by_file(tmp_path):
         found = load_tokenizer(file)
         assert (found.name, found.d, found.identity, found.place) == (name, TAESD[name], alone.identity, str(file))
         assert load_tokenizer(found.place).identity == alone.identity and bare_tokenizer(str(file)).d == TAESD[name]
+    taesd3 = load_tokenizer(tmp_path/'taesd3')
+    made_by = {'place': str(both), 'name': 'taesd3', 'latent_identity': taesd3.latent_identity, 'identity': taesd3.identity}
+    assert tokenizer_for({'data': {'tokenizer': made_by}, 'config': {'arm': 'vanilla-linear'}}).name == 'taesd3', 'others came later'
+    mixed = tmp_path/'mixed'
+    tk.Tokenizer(taesd3.autoencoder, tk.LatentTransform(mean=[1.]*16, std=[2.]*16), True, 'mine').save_pretrained(mixed)
+    save_taesd('taef1', 16, tmp_path/'taef1')
+    for file in (tmp_path/'taef1').iterdir(): shutil.copy(file, mixed)
+    assert load_tokenizer(mixed).name == 'mine' and tk.made_for_sphere(mixed)
+    other = load_tokenizer(mixed/'taef1_decoder.safetensors')
+    assert (other.name, other.spherical, other.for_sphere) == ('taef1', False, None) and other.transform.config == tk.LatentTransform().config
+    assert not tk.made_for_sphere(mixed/'taef1_decoder.safetensors') and other.identity == load_tokenizer(tmp_path/'taef1').identity
     digits = load_tokenizer(tk.TOKENIZERS['digits']/'spherical'/'tokenizer.json')
     assert digits.identity == load_tokenizer('digits', spherical=True).identity, 'a file of any format'
     assert bare_tokenizer(str(tk.TOKENIZERS['digits']/'vanilla'/'config.json')).d == 16

@@ -49,7 +49,7 @@ def launch(*args): return subprocess.run([*map(str, args)], capture_output=True,
 def pair(latents, tmp_path_factory):
     "What two gloo processes made (see two_processes.py), beside what one makes."
     out = tmp_path_factory.mktemp('pair')
-    for arm in ('spherical-slerp', 'vanilla-linear'): together.fit(latents, out/f'one-{arm}', arm)
+    for arm, more in together.ARMS.items(): together.fit(latents, out/f'one-{arm}', arm, **more)
     together.fit(latents, out/'half-one', until=6)
     result = launch(BIN/'torchrun', '--standalone', '--nproc_per_node', 2, together.__file__, latents, out)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -57,7 +57,7 @@ def pair(latents, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('run,one', [('ddp-spherical-slerp', 'one-spherical-slerp'), ('ddp-vanilla-linear', 'one-vanilla-linear'), ('accumulated', 'one-spherical-slerp'),
+@pytest.mark.parametrize('run,one', [('ddp-spherical-slerp', 'one-spherical-slerp'), ('ddp-vanilla-linear', 'one-vanilla-linear'), ('fsdp-vanilla-linear', 'one-vanilla-linear'), ('accumulated', 'one-spherical-slerp'),
                                      ('fsdp', 'one-spherical-slerp'), ('fsdp-half', 'one-spherical-slerp'), ('half-one', 'one-spherical-slerp')])
 def test_two_processes_train_as_one_does(pair, run, one):
     "Data parallel, accumulated, sharded; from two processes to one and from one to two."

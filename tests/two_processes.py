@@ -15,6 +15,8 @@ from spherical_lfm.training import TrainConfig, Trainer
 
 CONFIG = dict(model='SiT-Ti/2', steps=12, batch_size=16, log_every=1, ema_decay=.9, lr=2e-3, max_grad_norm=1.)
 
+ARMS = {'spherical-slerp': {}, 'vanilla-linear': dict(prediction='data', skip=True)}
+
 
 def fit(latents: Path, out: Path, arm: str = 'spherical-slerp', until: int | None = None, **more):
     "Train a small run."
@@ -34,7 +36,8 @@ def samples(out: Path) -> dict:
 
 if __name__ == '__main__':
     latents, out = map(Path, sys.argv[1:])
-    for arm in ('spherical-slerp', 'vanilla-linear'): fit(latents, out/f'ddp-{arm}', arm)
+    for arm, more in ARMS.items(): fit(latents, out/f'ddp-{arm}', arm, **more)
+    fit(latents, out/'fsdp-vanilla-linear', 'vanilla-linear', parallel='fsdp', **ARMS['vanilla-linear'])
     fit(latents, out/'accumulated', accumulate=2)
     fit(latents, out/'fsdp', parallel='fsdp')
     fit(latents, out/'fsdp-half', parallel='fsdp', until=6)

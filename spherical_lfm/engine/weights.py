@@ -338,9 +338,10 @@ _FILES = {
 }
 
 def format_of(place: Path) -> str:
-    """The format of a local folder or of one of its files; what is not recognised is taken for diffusers.
+    """The format of a local folder or of one of its files.
 
-    Raises `ValueError` for a folder that holds several.
+    What has a config.json, or is not recognised, is taken for diffusers. Raises `ValueError` for other folders that
+    hold several.
     """
     files = place.iterdir() if place.is_dir() else [place] if place.exists() else []
     here = {f.name for f in files}
@@ -350,6 +351,12 @@ def format_of(place: Path) -> str:
         raise ValueError(f'{place} holds the weights of {", ".join(found)}: '
                          f'give the path of a file, such as {place/_FILES[found[0]][0]}')
     return found[0] if found else 'diffusers'
+
+# %% ../../nbs/engine/weights.ipynb #4c0db0c5
+def _member(place: str, name: str) -> str:
+    "A tokenizer's file in a folder to which others may have come since; else the folder."
+    first = Path(place)/_FILES[name][0] if name in _FILES else Path(place)
+    return str(first if first.exists() else place)
 
 # %% ../../nbs/engine/weights.ipynb #64938c31
 def _files(place: str | Path, format: str) -> list[Path]:

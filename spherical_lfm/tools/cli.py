@@ -11,6 +11,7 @@ import dis
 import errno
 import functools
 import inspect
+import io
 import json
 import logging
 import math
@@ -160,6 +161,8 @@ def command(
     """
     @functools.wraps(work)
     def run(argv: list[str] | None = None):
+        for stream in (sys.stdout, sys.stderr): # a terminal may know no Unicode, and a notebook's cannot be told
+            if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
         given = _arguments(work, argv)
         debug = given.pop('debug')
         try:
@@ -271,6 +274,8 @@ _TRAIN_HELP = dict(
     time_sampling='uniform or logit-normal',
     time_shift='more than 1 trains more near the noise',
     no_project_velocity='compare whole velocities on slerp, not their tangential part: an ablation',
+    prediction='what the network gives: velocity, or data (the point where the path ends)',
+    skip='add a learned function of time, times the position, to what the network gives; not for slerp with velocities',
     jacobi='weight tokens of slerp by (sin x / x)^2, x = (1 - t) theta',
     coupling='independent, or transport: pair noise and data of a batch by the smallest summed angle',
     precision='float32 or bf16',

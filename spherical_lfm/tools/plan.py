@@ -117,7 +117,7 @@ def bare_tokenizer(
     with torch.device('meta'):
         model = make()
     if known == name_or_path: return Tokenizer(model, LatentTransform(pack=1 + (known == 'flux2-packed')))
-    return Tokenizer(model, LatentTransform(**_read_record(folder).get('transform', {})))
+    return Tokenizer(model, LatentTransform(**_read_record(folder, known).get('transform', {})))
 
 def _from_config(folder: Path) -> nn.Module:
     "The autoencoder that a folder's config.json describes."

@@ -804,8 +804,9 @@ def speed_profile(
     bins: int = 20, # of time: the middle of each is looked at
     seed: int = 0   # of the noise
 ) -> dict: # 'times' [bins]; 'speed' and 'errors' at each
-    """Root mean square of the predicted velocities over that of the true ones, as far as they count.
+    """Root mean square of the predicted velocities over that of the true ones ('speed'), as far as they count.
 
+    'errors' are E|v̂ - v|²/E|v|².
     A regression that knows no better predicts the mean of what may come, which is shorter:
     E|v̂|² = E|v|² - E|v̂ - v|² for the best one.
     """
