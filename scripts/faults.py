@@ -383,7 +383,7 @@ TRAINING = faults(
     ('the loss is the root', 'error = (path.tangent(z_t, v) - target).square().mean(1)',
      'error = (path.tangent(z_t, v) - target).abs().mean(1)',
      'the loss of the method', 'exact_training::test_training_steps_are_those_written_by_hand'),
-    ('the Jacobi weight is not squared', '/torch.pi).square()\n    return error', '/torch.pi)\n    return error',
+    ('the Jacobi weight is not squared', '/torch.pi).square()\n    loss, power', '/torch.pi)\n    loss, power',
      'the Jacobi weight', 'exact_training::test_the_jacobi_weight_is_the_squared_sinc'),
     ('the Jacobi weight takes the angle behind', 'torch.sinc((1 - t).view(-1, 1, 1)*sphere',
      'torch.sinc(t.view(-1, 1, 1)*sphere',
