@@ -290,7 +290,7 @@ TRAINING = faults(
     'training',
     ('training forgets the skip', ', num_classes=classes, skip=config.skip)', ', num_classes=classes)',
      'the skip of a run', 'exact_prediction::test_a_run_remembers_what_it_predicts'),
-    ('late errors of data weigh too much', 'return loss*late, power*late', 'return loss*late**.5, power*late',
+    ('late errors of data weigh too much', 'return loss*left, power*left', 'return loss, power',
      'the weight of late times', 'exact_prediction::test_loss_by_hand_and_none_for_whoever_knows_the_data'),
     ('a trainer forgets what is predicted', 'arm_path(config.arm, config.project_velocity, prediction=config.prediction)',
      'arm_path(config.arm, config.project_velocity)',

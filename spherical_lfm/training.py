@@ -116,7 +116,7 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor]: # loss [B], power of the target [B]: means over tokens, per channel
     """Squared error between the velocities that count, |Π(v_model) - Π(v)|²/d per token, in float32.
 
-    For predicted data both it and the power are weighted by min(1, (1 - t)/0.05)².
+    For predicted data it is that of the way that is left, (1 - t) v, and so is the power: on the linear path |x - z1|²/d.
     """
     z_t, v_t = path.interpolate(z0, z1, t)
     v, target = path.velocity(z_t, t, model(z_t, t, y).float()), path.tangent(z_t, v_t)
@@ -124,8 +124,8 @@ def flow_loss(
     if jacobi: error = error*torch.sinc((1 - t).view(-1, 1, 1)*sphere.angle(z0, z1)/torch.pi).square()
     loss, power = error.mean((1, 2)), target.square().mean((1, 2, 3))
     if path.prediction == 'velocity': return loss, power
-    late = ((1 - t)/.05).clamp(max=1.).square()
-    return loss*late, power*late
+    left = (1 - t).square()
+    return loss*left, power*left
 
 # %% ../nbs/08_training.ipynb #18a09a9e
 def ot_coupling(

@@ -57,7 +57,7 @@ def test_velocities_are_those_of_the_formulas(arm):
 
 @pytest.mark.parametrize('arm', ARMS)
 def test_loss_by_hand_and_none_for_whoever_knows_the_data(arm):
-    "Errors of the point over the time that is left, of which at least 0.05 counts."
+    "Errors of the way that is left; on linear paths, of the point itself."
     path = arm_path(arm, prediction='data')
     z0, z1 = ends(arm)
     t, y = torch.tensor([0., .2, .5, .9, .96, .999], dtype=torch.float64), torch.zeros(6, dtype=torch.long)
@@ -67,11 +67,12 @@ def test_loss_by_hand_and_none_for_whoever_knows_the_data(arm):
     off = z1 + .1*torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found, power = flow_loss(lambda z, t, y: displacement(arm, z, off), path, z0, z1, t, y)
     said = path.toward(z_t, project(off) if path.spherical and 'slerp' in arm else off, (1 - t).view(-1, 1, 1, 1))
-    weight = torch.tensor([1., 1., 1., 1., (.04/.05)**2, (.001/.05)**2], dtype=torch.float64)
-    torch.testing.assert_close(found, ((said - v_t).square().mean((1, 2, 3))*weight).to(found.dtype), rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(power, (v_t.square().mean((1, 2, 3))*weight).to(power.dtype), rtol=1e-4, atol=1e-6)
+    weight = (1 - t).square()
+    if 'linear' in arm: torch.testing.assert_close(found, (off - z1).square().mean((1, 2, 3)).to(found.dtype))
+    torch.testing.assert_close(found, ((said - v_t).square().mean((1, 2, 3))*weight).to(found.dtype), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(power, (v_t.square().mean((1, 2, 3))*weight).to(power.dtype), rtol=1e-4, atol=1e-9)
     stays = flow_loss(lambda z, t, y: displacement(arm, z, z), path, z0, z1, t, y)
-    torch.testing.assert_close(*stays, rtol=1e-4, atol=1e-6) # one per power: a network that does not move
+    torch.testing.assert_close(*stays, rtol=1e-4, atol=1e-9) # one per power: a network that does not move
 
 
 @pytest.mark.parametrize('arm', ARMS)
@@ -83,7 +84,7 @@ def test_a_fresh_network_learns_at_every_time(arm):
     out = torch.zeros(SHAPE, requires_grad=True)
     loss, _ = flow_loss(lambda z, t, y: out, path, z0, z1, t, None)
     loss.sum().backward()
-    assert loss.isfinite().all() and out.grad.isfinite().all() and (out.grad[:5].abs().amax((1, 2, 3)) > 1e-4).all()
+    assert loss.isfinite().all() and out.grad.isfinite().all() and (out.grad[:5].abs().amax((1, 2, 3)) > 1e-5).all()
 
 
 def small(**options):
