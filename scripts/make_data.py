@@ -1,6 +1,6 @@
 """Train what lies in `data/`: the digits tokenizer, the digit features, the finetuned decoders, and the stored results.
 
-    python scripts/make_data.py                     everything, about half an hour on two CPU cores
+    python scripts/make_data.py                     everything, about two hours on two CPU cores
     python scripts/make_data.py --stages tokenizer  one stage
     python scripts/make_data.py --out DIR --scale 0.01   a tiny rehearsal elsewhere
 """

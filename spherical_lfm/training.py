@@ -116,7 +116,8 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor]: # loss [B], power of the target [B]: means over tokens, per channel
     """Squared error between the velocities that count, |Π(v_model) - Π(v)|²/d per token, in float32.
 
-    For predicted data it is that of the way that is left, (1 - t) v, and so is the power: on the linear path |x - z1|²/d.
+    For predicted data it is that of the way that is left, (1 - t) v, and so is the power: on the linear path
+    |x - z1|²/d.
     """
     z_t, v_t = path.interpolate(z0, z1, t)
     v, target = path.velocity(z_t, t, model(z_t, t, y).float()), path.tangent(z_t, v_t)
@@ -262,7 +263,8 @@ def _new_network(config: TrainConfig, data: LatentDataset, classes: int) -> SiT:
     d, side, _ = data.index['shape']
     with torch.random.fork_rng(devices=[]): # its default opens a context on every GPU
         torch.default_generator.manual_seed(config.seed)
-        net = SiT.from_name(config.model, input_size=side, in_channels=d, num_classes=classes, skip=config.skip)
+        net = SiT.from_name(
+            config.model, input_size=side, in_channels=d, num_classes=classes, skip=config.skip)
     if config.checkpointing: net.enable_gradient_checkpointing()
     return net
 
