@@ -157,7 +157,8 @@ class Reference:
         self.mod = importlib.import_module(f'spherical_lfm.{module}')
         self.chapter = next(p for p in pages if module_of(p.name) == module)
         tree = ast.parse(inspect.getsource(self.mod))
-        self.constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+        assigned = ((n, t) for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, 'targets', None) or [n.target])
+        self.constants = {t.id: n for n, t in assigned if isinstance(t, ast.Name)}
         self.lines = inspect.getsource(self.mod).splitlines()
         self.without_example = []
 

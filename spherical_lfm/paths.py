@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from . import sphere
@@ -57,13 +56,15 @@ class FlatSpace:
         "A velocity means the same everywhere in flat space."
         return v
 
+    def _data(self, z: Tensor, out: Tensor) -> Tensor:
+        "The data point that a network's output at `z` stands for."
+        return out
+
 # %% ../nbs/03_paths.ipynb #242b118c
 class FlowPath(FlatSpace):
     "What a flow needs to know about its route: `prior`, `interpolate`, `tangent`, `step` (and `transport`). Stateless."
     spherical = False       #: whether noise and data lie on the sphere of radius sqrt(d)
     prediction = 'velocity' #: what a network's output means: 'velocity', or 'data' (`predicting` gives such a path)
-    predicting: Callable[..., 'FlowPath'] #: these are given below
-    velocity: Callable[..., Tensor]
 
     def prior(self,
         shape: tuple,                             # [B, d, h, w]
@@ -83,9 +84,26 @@ class FlowPath(FlatSpace):
         "Position and target velocity at time `t`. Every path writes its own; here it raises `NotImplementedError`."
         raise NotImplementedError
 
-    def _data(self, z: Tensor, out: Tensor) -> Tensor:
-        "The data point that a network's output at `z` stands for."
-        return out
+    def predicting(self,
+        prediction: str # 'velocity' or 'data'
+    ) -> 'FlowPath': # the same route
+        "The path of a network with this kind of output. Raises `ValueError` for another kind."
+        if prediction == self.prediction: return self
+        if prediction not in ('velocity', 'data'):
+            raise ValueError(f"prediction must be 'velocity' or 'data', got {prediction!r}")
+        path = copy.copy(self)
+        path.prediction = prediction
+        return path
+
+    def velocity(self,
+        z: Tensor,   # positions [B, d, h, w]
+        t: Tensor,   # times in [0, 1], [B]; for data they should be below 1
+        out: Tensor  # what the network gave there, same shape as `z`
+    ) -> Tensor: # velocities, before `tangent`
+        "The velocity that a network's output stands for: the output itself, or `toward` the predicted data point."
+        if self.prediction == 'velocity': return out
+        remaining = (1 - t).clamp(min=1e-6).view(-1, 1, 1, 1)
+        return self.toward(z, self._data(z, out), remaining)
 
     @property
     def projection(self) -> Callable | None:
@@ -186,25 +204,22 @@ class SlerpPath(FlowPath):
 
     def _data(self, z: Tensor, out: Tensor) -> Tensor: return sphere.project(z + out)
 
-# %% ../nbs/03_paths.ipynb #cd0ba001
-@patch
-def transport(self: SlerpPath,
-    z: Tensor, # where `v` lives
-    w: Tensor, # where it is wanted
-    v: Tensor  # velocities at `z`
-) -> Tensor: # velocities at `w`, of the same norms
-    "Parallel transport along the geodesic from `z` to `w`."
-    return sphere.transport(z, w, sphere.tangent(z, v))
+    def transport(self,
+        z: Tensor, # where `v` lives
+        w: Tensor, # where it is wanted
+        v: Tensor  # velocities at `z`
+    ) -> Tensor: # velocities at `w`, of the same norms
+        "Parallel transport along the geodesic from `z` to `w`."
+        return sphere.transport(z, w, sphere.tangent(z, v))
 
-@patch
-def dexp_inverse(self: SlerpPath,
-    z: Tensor, # where a walk began
-    u: Tensor, # the walk, tangent at `z`
-    v: Tensor  # velocities at exp_z(u)
-) -> Tensor: # how `u` must change to follow `v`
-    "Inverse differential of the exponential map at `u`."
-    u = sphere.tangent(z, u)
-    return sphere.dexp_inverse(z, u, sphere.tangent(sphere.exp_map(z, u), v))
+    def dexp_inverse(self,
+        z: Tensor, # where a walk began
+        u: Tensor, # the walk, tangent at `z`
+        v: Tensor  # velocities at exp_z(u)
+    ) -> Tensor: # how `u` must change to follow `v`
+        "Inverse differential of the exponential map at `u`."
+        u = sphere.tangent(z, u)
+        return sphere.dexp_inverse(z, u, sphere.tangent(sphere.exp_map(z, u), v))
 
 # %% ../nbs/03_paths.ipynb #562d6672
 #: The four arms of a matched comparison -> their path.
@@ -232,30 +247,6 @@ def arm_path(
         raise ValueError('tangent projection and exponential map belong to spherical-slerp: '
                          f'{arm} has none to switch off')
     return SlerpPath(project_velocity, exponential).predicting(prediction)
-
-# %% ../nbs/03_paths.ipynb #92a87ce8
-@patch
-def predicting(self: FlowPath,
-    prediction: str # 'velocity' or 'data'
-) -> FlowPath: # the same route
-    "The path of a network with this kind of output. Raises `ValueError` for another kind."
-    if prediction == self.prediction: return self
-    if prediction not in ('velocity', 'data'):
-        raise ValueError(f"prediction must be 'velocity' or 'data', got {prediction!r}")
-    path = copy.copy(self)
-    path.prediction = prediction
-    return path
-
-@patch
-def velocity(self: FlowPath,
-    z: Tensor,   # positions [B, d, h, w]
-    t: Tensor,   # times in [0, 1], [B]; for data they should be below 1
-    out: Tensor  # what the network gave there, same shape as `z`
-) -> Tensor: # velocities, before `tangent`
-    "The velocity that a network's output stands for: the output itself, or `toward` the predicted data point."
-    if self.prediction == 'velocity': return out
-    remaining = (1 - t).clamp(min=1e-6).view(-1, 1, 1, 1)
-    return self.toward(z, self._data(z, out), remaining)
 
 # %% ../nbs/03_paths.ipynb #21b78a3b
 def shift_time(

@@ -75,7 +75,7 @@ def test_score_samples_what_was_asked_for(place, monkeypatch, arm, decoder, expo
     given, = recorder.calls
     assert given['sampler'] == Sampler(7, 'heun', 2.5, (.2, .7), seed=11) and given['extractor'] == 'digits'
     assert repr(given['run'].path) == (f'SlerpPath(project_velocity=True, exponential={exponential})'
-                                   if arm == 'spherical-slerp' else 'LinearPath()')
+                                   if arm == 'spherical-slerp' else 'LinearPath(spherical=False)')
     model, other = load_run(place.root/arm, 1)[0].state_dict(), load_run(place.root/arm, 2)[0].state_dict()
     found = given['run'].model.state_dict()
     assert all(torch.equal(found[k], model[k]) for k in model)
