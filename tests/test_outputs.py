@@ -30,6 +30,7 @@ from spherical_lfm.sphere import project
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools import cli, studies
 from spherical_lfm.tools.studies import (
+    PREDICTIONS,
     Analysis,
     Probing,
     analyze_study,
@@ -102,6 +103,7 @@ FOLDERS = { # what writes a folder: (out, place) -> work
     'compare': lambda out, place: compare(small_preset(), ('vanilla-linear',), out, 'digits', progress=False),
     'slfm_compare': lambda out, place: quiet(cli.slfm_compare, 'digits', '--out', out, '--arms', 'vanilla-linear', '--steps', 2, '--samples', 20, '--no_curve'),
     'slfm_demo': lambda out, place: quiet(cli.slfm_demo, '--out', out),
+    'prediction_study': lambda out, place: prediction_study(place/'predictions.json', out, (0,), .002, PREDICTIONS[:1], progress=False),
 }
 LONG = ('slfm_demo', 'slfm_compare', 'slfm_probe', 'slfm_finetune', 'slfm_analyze', 'slfm_encode', 'slfm_train') # functions stand for them where it takes long
 

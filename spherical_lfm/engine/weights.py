@@ -343,8 +343,7 @@ def format_of(place: Path) -> str:
     What has a config.json, or is not recognised, is taken for diffusers. Raises `ValueError` for other folders that
     hold several.
     """
-    files = place.iterdir() if place.is_dir() else [place] if place.exists() else []
-    here = {f.name for f in files}
+    here = {f.name for f in ([place] if place.is_file() else place.glob('*'))}
     if 'config.json' in here: return 'diffusers'
     found = [f for f, names in _FILES.items() if here & set(names)]
     if len(found) > 1:
