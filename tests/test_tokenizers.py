@@ -529,3 +529,14 @@ def test_the_study_behind_the_chapters_in_small(tmp_path, monkeypatch):
     assert {'digits', 'taef2, CIFAR-10 64 px', 'taef2, ImageNet 256 px'} == geometry.keys()
     study = json.loads((tmp_path/'out'/'decoder_cifar10.json').read_text())
     assert study['pipelines']['original']['psnr'] > study['pipelines']['original, projected']['psnr'] > 20
+
+def test_every_round_of_the_benchmark_does_its_work(monkeypatch):
+    "Latents that lie there finished are not encoded again, so a round that meets those of the last would time nothing."
+    from spherical_lfm.tools.bench import bench_tokenizer
+    import spherical_lfm.tools.bench as bench
+    kind, seen = type(bench.load_tokenizer('digits').autoencoder), []
+    encode = kind.encode
+    monkeypatch.setattr(kind, 'encode', lambda self, x, *a, **k: (seen.append(len(x)), encode(self, x, *a, **k))[1])
+    monkeypatch.setattr(bench, '_peak_of_analysis', lambda *a: 1)
+    bench_tokenizer(size=16, count=8, batch_size=4, rounds=2)
+    assert seen.count(4) == 2*4*(2 + 1) # batches of analysis, its floor, encoding, its floor; two rounds after a warm-up

@@ -82,10 +82,8 @@ def bench_paths(
     "slerp's interpolate against linear's, both compiled, on [256, 32, 16, 16]."
     z0, z1, t, _ = _random_batch(256, 16)
     slerp, linear = (torch.compile(p.interpolate) for p in (SlerpPath(), LinearPath()))
-    def arc(): return slerp(z0, z1, t)
-    def chord(): return linear(z0, z1, t)
     what = 'compiled interpolate, slerp over linear, [256, 32, 16, 16] float32'
-    return {'what': what} | time_ratio(arc, chord, rounds)
+    return {'what': what} | time_ratio(functools.partial(slerp, z0, z1, t), functools.partial(linear, z0, z1, t), rounds)
 
 # %% ../../nbs/tools/bench.ipynb #ecafd083
 def _random_batch(batch_size: int, side: int) -> tuple[Tensor, ...]:
@@ -381,12 +379,11 @@ def _streaming(tok, source: ImageSource, batches: list, order: Tensor, batch_siz
             tok.autoencoder.encode(x.to(default_device()))
     def analyze():
         analyze_tokens(tok, source, Analysis(len(order), batch_size=batch_size), order, progress=False)
-    with tempfile.TemporaryDirectory() as tmp:
-        def encode():
-            encoding = Encoding(flip=False, batch_size=batch_size)
-            encode_latents(tok, source, f'{tmp}/latents', encoding, order, progress=False)
-        works = {'analyze': analyze, 'encode': encode}
-        return {name: time_ratio(work, bare, rounds, warmup=1) for name, work in works.items()}
+    def encode():
+        with tempfile.TemporaryDirectory() as folder: # a new one each time: finished latents are not encoded again
+            encode_latents(tok, source, folder, Encoding(flip=False, batch_size=batch_size), order, progress=False)
+    works = {'analyze': analyze, 'encode': encode}
+    return {name: time_ratio(work, bare, rounds, warmup=1) for name, work in works.items()}
 
 # %% ../../nbs/tools/bench.ipynb #2e116704
 def _flat(tree: dict, stem: str = ''):
