@@ -532,8 +532,8 @@ def test_the_study_behind_the_chapters_in_small(tmp_path, monkeypatch):
 
 def test_every_round_of_the_benchmark_does_its_work(monkeypatch):
     "Latents that lie there finished are not encoded again, so a round that meets those of the last would time nothing."
-    from spherical_lfm.tools.bench import bench_tokenizer
     import spherical_lfm.tools.bench as bench
+    from spherical_lfm.tools.bench import bench_tokenizer
     kind, seen = type(bench.load_tokenizer('digits').autoencoder), []
     encode = kind.encode
     monkeypatch.setattr(kind, 'encode', lambda self, x, *a, **k: (seen.append(len(x)), encode(self, x, *a, **k))[1])
