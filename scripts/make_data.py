@@ -52,6 +52,13 @@ def prediction(out: Path, scale: float):
     prediction_study(out/'results'/'digits_prediction.json', out.parent/'runs'/'prediction', scale=scale, **few)
 
 
+def speed(out: Path, scale: float):
+    "The runs of that stage at other speeds."
+    from spherical_lfm.tools.studies import PREDICTIONS, speed_study
+    few = {} if scale == 1 else dict(seeds=(0,), variants=PREDICTIONS[3:4], methods=('euler',)) # a rehearsal
+    speed_study(out/'results'/'digits_speed.json', out.parent/'runs'/'prediction', scale=scale, **few)
+
+
 def solvers(out: Path, scale: float):
     "Fréchet distance against evaluations of the network for every solver."
     from spherical_lfm.tools.studies import solver_study
@@ -65,7 +72,7 @@ def evolution(out: Path, scale: float):
     evolution_study(out/'results'/'digits_evolution.png', scale=scale)
 
 
-STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, prediction, solvers, evolution)}
+STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, prediction, speed, solvers, evolution)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

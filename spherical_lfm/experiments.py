@@ -278,7 +278,7 @@ def _sampler_protocol(run: LoadedRun, sampler: Sampler, decoder: str, tokenizer:
         'decoder': Path(decoder).parent.name if '/' in decoder else decoder,
         'decoder_for_sphere': bool(tokenizer.for_sphere),
         'seed': sampler.seed,
-    }
+    } | ({'speed': list(sampler.speed)} if sampler.speed else {})
 
 # %% ../nbs/12_experiments.ipynb #e9e0701e
 def _autocast(precision: str):

@@ -127,13 +127,17 @@ class Sampler:
     tolerance: float = 1e-2      # of 'adaptive'
     precision: str = 'float32'   # 'float32' or 'bf16' for the model; positions stay float32
     seed: int = 0                # of the noise: sample i depends on seed and i alone
+    speed: tuple = ()            # factors of the velocity in the middle of equal spans of time; () leaves it as it is
 
     def __post_init__(self):
-        object.__setattr__(self, 'interval', tuple(self.interval)) # JSON knows no tuples
+        for name in ('interval', 'speed'):
+            object.__setattr__(self, name, tuple(getattr(self, name))) # JSON knows no tuples
         if self.method != 'adaptive': solver(self.method)
         dtype_of(self.precision)
         check_range(1, steps=self.steps)
         check_range(1e-8, tolerance=self.tolerance)
+        for factor in self.speed:
+            check_range(1e-3, speed=factor)
         check_guidance(self.guidance, self.interval, None if self.method == 'adaptive' else self.times[:-1])
 
     @property
@@ -144,7 +148,7 @@ class Sampler:
     @property
     def settings(self) -> dict:
         "All fields as JSON gives them back."
-        return asdict(self) | {'interval': list(self.interval)}
+        return asdict(self) | {'interval': list(self.interval), 'speed': list(self.speed)}
 
 # %% ../nbs/09_sampling.ipynb #efd7f346
 def _with_and_without(model: Callable, z: Tensor, times: Tensor, y: Tensor, away: int) -> tuple[Tensor, ...]:
@@ -202,12 +206,27 @@ def _device_of(model: Callable) -> torch.device:
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device('cpu'))
 
+# %% ../nbs/09_sampling.ipynb #bb6eec24
+def _factor_at(t: Tensor, speed: tuple) -> Tensor:
+    "Factors at times [B], shaped [B, 1, 1, 1]."
+    known = torch.tensor([*speed, speed[-1]], device=t.device, dtype=t.dtype)
+    place = (t*len(speed) - .5).clamp(0, len(speed) - 1)
+    low = place.long()
+    return torch.lerp(known[low], known[low + 1], place - low).view(-1, 1, 1, 1)
+
+def _at_speed(field: Callable, speed: tuple) -> Callable:
+    "A field whose velocities are multiplied by factors that change with time."
+    def faster(z: Tensor, t: float | Tensor) -> Tensor:
+        times = torch.as_tensor(t, device=z.device, dtype=z.dtype).flatten()
+        return _factor_at(times, speed)*field(z, t)
+    return faster
+
 # %% ../nbs/09_sampling.ipynb #4d785395
 def velocity_field(
     model: Callable,              # (z, t, y) -> velocity; its config knows the number of classes
     path: FlowPath,               # the path it was trained on
     labels: Tensor,               # classes [B]
-    sampler: Sampler = Sampler()  # guidance and precision
+    sampler: Sampler = Sampler()  # guidance, speed and precision
 ) -> Callable: # (z, t) -> tangential velocity, float32
     "The velocities that lead to these classes. Raises `ValueError` for classes that the model does not know."
     labels, classes = torch.as_tensor(labels), getattr(getattr(model, 'config', None), 'num_classes', None)
@@ -215,7 +234,8 @@ def velocity_field(
     if sampler.guidance != 1. and classes is None:
         raise ValueError('guidance needs the number of classes: the model has no config.num_classes')
     device = _device_of(model)
-    field = partial(guided_velocity, model, path, y=labels.to(device), sampler=sampler, null_class=classes)
+    field: Callable = partial(guided_velocity, model, path, y=labels.to(device), sampler=sampler, null_class=classes)
+    if sampler.speed: field = _at_speed(field, sampler.speed)
     return torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision == 'bf16')(field)
 
 # %% ../nbs/09_sampling.ipynb #dbba6d16

@@ -73,10 +73,10 @@ def test_options_of_encoding(monkeypatch, tmp_path):
 def test_options_of_sampling(place, monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, '_draw_numbered', stop)
     options = dict(count=13, steps=6, method='adams2', guidance=2.5, guide_from=.2, guide_to=.6, negative=3, shift=2.,
-                   tolerance=.3, precision='bf16', step=1, seed=8)
+                   tolerance=.3, precision='bf16', step=1, seed=8, speeds='1.5,2')
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), *words(options)])
     given = recorder.calls[0]
-    assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8)
+    assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8, (1.5, 2.))
     assert given['numbers'] == range(13) and sorted(given['y'].bincount(minlength=10).tolist()) == [1]*7 + [2]*3
     with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), '--count', '4', '--label', '6'])
     given = recorder.calls[1]
@@ -124,11 +124,11 @@ def test_interrupted_samples_go_on(place, monkeypatch, tmp_path):
 def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'generate', stop)
     options = dict(count=23, steps=6, method='adams2', guidance=2.5, guide_from=.2, guide_to=.6, negative=3, shift=2.,
-                   tolerance=.3, precision='bf16', step=1, save='png', seed=8)
+                   tolerance=.3, precision='bf16', step=1, save='png', seed=8, speeds='1.5,2')
     with pytest.raises(Stop):
         cli.slfm_evaluate([place.run, 'digits', '--extractor', 'digits', '--size', '16', *words(options)])
     given = recorder.calls[0]
-    assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8)
+    assert given['sampler'] == Sampler(6, 'adams2', 2.5, (.2, .6), 3, 2., .3, 'bf16', 8, (1.5, 2.))
     assert (given['save'], given['extractor'], given['run'].record['step']) == ('png', 'digits', 1)
     assert len(given['labels']) == 23
     assert given['tokenizer'].identity == load_tokenizer('digits', spherical=True).identity

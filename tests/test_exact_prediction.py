@@ -10,12 +10,23 @@ from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.runs import seeded_generator
 from spherical_lfm.paths import ARMS, SlerpPath, arm_path
-from spherical_lfm.sampling import LoadedRun, Sampler, _walk, guided_velocity, initial_noise, load_run, sample
+from spherical_lfm.sampling import (
+    LoadedRun,
+    Sampler,
+    _walk,
+    guided_velocity,
+    initial_noise,
+    load_run,
+    sample,
+    trajectory,
+    velocity_field,
+)
 from spherical_lfm.sit import SiT
+from spherical_lfm.solvers import adaptive
 from spherical_lfm.sphere import exp_map, project, tangent
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools.pipeline import FlowScheduler, SphericalSiTPipeline
-from spherical_lfm.tools.studies import speed_profile
+from spherical_lfm.tools.studies import speed_factors, speed_profile
 from spherical_lfm.training import TrainConfig, Trainer, flow_loss
 
 SHAPE = (6, 4, 2, 2)
@@ -281,3 +292,39 @@ def test_a_run_goes_on_as_what_it_was(run, tmp_path):
 def test_unknown_predictions_are_refused():
     for make in (lambda: TrainConfig(prediction='noise'), lambda: FlowScheduler(prediction='noise'), lambda: arm_path('vanilla-shell', prediction='x')):
         with pytest.raises(ValueError, match="prediction must be 'velocity' or 'data', got"): make()
+
+
+@pytest.mark.parametrize('prediction', ['velocity', 'data'])
+@pytest.mark.parametrize('arm', ARMS)
+def test_a_sampler_with_another_speed(arm, prediction):
+    "Euler by hand with factors that are linear between the middles of their spans; factors of one change nothing."
+    path, net, y = arm_path(arm, prediction=prediction), small(), torch.tensor([0, 1, 2])
+    z = path.prior((3, 4, 4, 4), torch.Generator().manual_seed(0))
+    factors, want = (3., 1.5, .5), z
+    for t, f in zip((0., .25, .5, .75), (3., 2.625, 1.5, .75)): # where each step begins
+        times = torch.full((3,), t)
+        want = path.step(want, f*path.tangent(want, path.velocity(want, times, net(want, times, y))), .25)
+    torch.testing.assert_close(sample(net, path, y, Sampler(4, speed=factors), z), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(sample(net, path, y, Sampler(4, speed=[1.]), z), sample(net, path, y, Sampler(4), z))
+    assert Sampler(**json.loads(json.dumps(Sampler(speed=factors).settings))) == Sampler(speed=factors)
+
+
+@pytest.mark.parametrize('method', ['heun', 'rk4', 'adaptive'])
+def test_other_solvers_have_the_speed_too(method):
+    "A field of unit speed on a line, at double speed: twice the way; a sample with a time of its own has its own factor."
+    path, y = ARMS['vanilla-linear'], torch.zeros(2, dtype=torch.long)
+    field = velocity_field(lambda z, t, y: torch.ones_like(z), path, y, Sampler(speed=(2.,)))
+    z = torch.zeros(2, 4, 2, 2)
+    end = adaptive(field, path, z)[0] if method == 'adaptive' else [w for _, w in trajectory(field, path, z, [0., .5, 1.], method)][-1]
+    torch.testing.assert_close(end, torch.full_like(end, 2.))
+    field = velocity_field(lambda z, t, y: torch.ones_like(z), path, y, Sampler(speed=(1., 3.)))
+    assert field(z, torch.tensor([.25, .5]))[:, 0, 0, 0].tolist() == [1., 2.]
+
+
+def test_factors_of_speed():
+    profile = {'speed': [.5, .8], 'errors': [.36, .36]}
+    assert speed_factors(profile) == pytest.approx((2., 1.25)) and speed_factors(profile, own=True) == pytest.approx((1.6, 1.))
+    assert speed_factors(profile, .5) == pytest.approx((2**.5, 1.25**.5)) and speed_factors(profile, 0.) == (1., 1.)
+    assert speed_factors({'speed': [0.], 'errors': [1.5]}) == (10.,) and speed_factors({'speed': [0.], 'errors': [1.5]}, own=True) == (1.,), 'nothing learned'
+    for bad in ((0.,), (-1., 1.), (float('nan'),)):
+        with pytest.raises(ValueError, match='speed must be'): Sampler(speed=bad)

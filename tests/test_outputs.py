@@ -40,6 +40,7 @@ from spherical_lfm.tools.studies import (
     probe_study,
     seeds_study,
     solver_study,
+    speed_study,
 )
 from spherical_lfm.training import TrainConfig, Trainer
 
@@ -104,6 +105,7 @@ FOLDERS = { # what writes a folder: (out, place) -> work
     'slfm_compare': lambda out, place: quiet(cli.slfm_compare, 'digits', '--out', out, '--arms', 'vanilla-linear', '--steps', 2, '--samples', 20, '--no_curve'),
     'slfm_demo': lambda out, place: quiet(cli.slfm_demo, '--out', out),
     'prediction_study': lambda out, place: prediction_study(place/'predictions.json', out, (0,), .002, PREDICTIONS[:1], progress=False),
+    'speed_study': lambda out, place: speed_study(place/'speeds.json', out, (0,), .002, PREDICTIONS[:1], ('euler',), progress=False),
 }
 LONG = ('slfm_demo', 'slfm_compare', 'slfm_probe', 'slfm_finetune', 'slfm_analyze', 'slfm_encode', 'slfm_train') # functions stand for them where it takes long
 
@@ -190,6 +192,7 @@ FILES = { # what writes a file: suffix, (path, place) -> work
     'seeds_study': ('.json', lambda path, place: seeds_study(path)),
     'prediction_study': ('.json', lambda path, place: prediction_study(path, place/'predictions')),
     'solver_study': ('.json', lambda path, place: solver_study(path)),
+    'speed_study': ('.json', lambda path, place: speed_study(path, place/'predictions')),
     'evolution_study': ('.png', lambda path, place: evolution_study(path)),
 }
 
@@ -221,10 +224,10 @@ def test_scripts_refuse_a_strangers_results(tmp_path, monkeypatch):
     import make_data
     import study_taef2
     (tmp_path/'results').mkdir()
-    for name in ('digits_comparison.json', 'digits_prediction.json', 'digits_solvers.json', 'digits_evolution.json', 'geometry.json', 'gpu_tests.json'): (tmp_path/'results'/name).write_text('{"mine": 1}')
+    for name in ('digits_comparison.json', 'digits_prediction.json', 'digits_speed.json', 'digits_solvers.json', 'digits_evolution.json', 'geometry.json', 'gpu_tests.json'): (tmp_path/'results'/name).write_text('{"mine": 1}')
     write_json(tmp_path/'new.json', {'environment': {}})
     before = contents(tmp_path)
-    works = [lambda: make_data.results(tmp_path, .01), lambda: make_data.prediction(tmp_path, .01), lambda: make_data.solvers(tmp_path, .01), lambda: make_data.evolution(tmp_path, .01),
+    works = [lambda: make_data.results(tmp_path, .01), lambda: make_data.prediction(tmp_path, .01), lambda: make_data.speed(tmp_path, .01), lambda: make_data.solvers(tmp_path, .01), lambda: make_data.evolution(tmp_path, .01),
              lambda: study_taef2.keep(tmp_path/'results', geometry=tmp_path/'new.json'), lambda: gpu_run.store(SimpleNamespace(out=tmp_path/'results', commit=''), 'gpu_tests.json', {})]
     for work in works:
         with pytest.raises(FileExistsError, match='was not made by this program'): work()

@@ -83,7 +83,8 @@ def bench_paths(
     z0, z1, t, _ = _random_batch(256, 16)
     slerp, linear = (torch.compile(p.interpolate) for p in (SlerpPath(), LinearPath()))
     what = 'compiled interpolate, slerp over linear, [256, 32, 16, 16] float32'
-    return {'what': what} | time_ratio(functools.partial(slerp, z0, z1, t), functools.partial(linear, z0, z1, t), rounds)
+    over, under = (functools.partial(f, z0, z1, t) for f in (slerp, linear))
+    return {'what': what} | time_ratio(over, under, rounds)
 
 # %% ../../nbs/tools/bench.ipynb #ecafd083
 def _random_batch(batch_size: int, side: int) -> tuple[Tensor, ...]:

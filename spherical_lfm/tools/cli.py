@@ -670,16 +670,17 @@ class _Checkpoint:
             step = newest and int(newest.name.removeprefix('step-'))
         return load_run(run, step, default_device(), self.weights)
 
-def _interval(
+def _changing(
     guide_from: float = 0., # time at which guidance begins (0 is noise)
-    guide_to: float = 1.    # time at which it ends
-) -> tuple[float, float]:
-    "Times in which guidance applies."
-    return guide_from, guide_to
+    guide_to: float = 1.,   # time at which it ends
+    speeds: str = ''        # comma-separated factors of the velocity over equal spans of time; empty leaves it as it is
+) -> dict: # fields of `Sampler`
+    "What of drawing changes with time."
+    return {'interval': (guide_from, guide_to), 'speed': _numbers('speeds', speeds) if speeds else ()}
 
 # %% ../../nbs/tools/cli.ipynb #ad587933
 #: What options of drawing are made from.
-_DRAWING = Sampler, _interval, _Checkpoint
+_DRAWING = Sampler, _changing, _Checkpoint
 #: Help where the comment of a field is not enough for a shell.
 _SAMPLER_HELP = dict(
     steps='solver steps',
@@ -692,11 +693,11 @@ _SAMPLER_HELP = dict(
 
 def _sampler(options: dict) -> Sampler:
     "The sampler that options ask for."
-    return Sampler(**_chosen(Sampler, options), interval=_interval(**_chosen(_interval, options)))
+    return Sampler(**_chosen(Sampler, options), **_changing(**_chosen(_changing, options)))
 
 # %% ../../nbs/tools/cli.ipynb #2075b776
 @command
-@options_from(*_DRAWING, leave_out=('interval',), helps=_SAMPLER_HELP)
+@options_from(*_DRAWING, leave_out=('interval', 'speed'), helps=_SAMPLER_HELP)
 def slfm_sample(
     run: str,         # run folder of slfm_train or slfm_demo (an arm's folder)
     out: str,         # folder for the images
@@ -818,7 +819,7 @@ _EVALUATE_HELP = _of_a_run(**_SAMPLER_HELP) | dict(
 
 # %% ../../nbs/tools/cli.ipynb #afd7d09b
 @command
-@options_from(_images, _Scoring, *_DRAWING, leave_out=('interval',), helps=_EVALUATE_HELP)
+@options_from(_images, _Scoring, *_DRAWING, leave_out=('interval', 'speed'), helps=_EVALUATE_HELP)
 def slfm_evaluate(
     # image source of the samples, an .npz with arr_0, or a run folder of slfm_train to sample from
     samples: str,
