@@ -11,6 +11,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,7 +40,10 @@ def initial_noise(
 ) -> Tensor: # [N, d, h, w], float32, on the CPU
     "Noise of numbered samples."
     if not len(numbers): return torch.empty(0, *shape)
-    return torch.cat([path.prior((1, *shape), seeded_generator('cpu', seed, Stream.SAMPLES, n)) for n in numbers])
+    def draw(n: int) -> Tensor:
+        return path.prior((1, *shape), seeded_generator('cpu', seed, Stream.SAMPLES, n))
+    with ThreadPoolExecutor() as threads: # on one core a fast GPU would wait for its noise
+        return torch.cat([*threads.map(draw, numbers)])
 
 # %% ../nbs/09_sampling.ipynb #6e6f1ded
 def euler(

@@ -166,6 +166,19 @@ def test_the_command_says_where_latents_may_lie(capsys):
     assert '--resident RESIDENT' in told and "on the 'gpu', a copy on the 'host', 'no' (files); 'auto': gpu if they fit" in told
 
 
+def test_reading_ahead_finds_the_tensors_in_a_file(latents):
+    "Where the safetensors library has them; and exactly the rows that are wanted, from the start of a piece on."
+    data = LatentDataset(latents, project=project)
+    place = latents/data.index['shards'][0]['file']
+    with open(place, 'rb', buffering=0) as f, safe_open(place, 'pt') as known:
+        for k in ('z', 'z_flip'):
+            f.seek(lt._start_of(f, k))
+            stored = known.get_tensor(k)
+            assert f.read(stored.nbytes) == stored.numpy().tobytes()
+        lt._read_pieces(f, 100, 250, 420, piece=100) # begins at 200 of the tensor, ends with the piece that holds 419
+        assert f.tell() == 600
+
+
 def test_windows_are_read_ahead_from_the_first_on(latents, tmp_path, monkeypatch):
     "An epoch of 200 in windows of 64, 64, 64 and 8; a step takes 16."
     asked = []

@@ -85,12 +85,15 @@ def test_operations_of_training(trainer):
     trainer.net.disable_gradient_checkpointing()
 
 
-@pytest.mark.parametrize('sampler, network', [(Sampler(10), 10), (Sampler(10, guidance=1.5), 20), (Sampler(10, guidance=1.5, interval=(.25, .75)), 10 + 5), (Sampler(6, 'heun', 2.), 24)])
-def test_operations_of_sampling(trainer, sampler, network):
-    done = flops(lambda: sample(trainer.net, SlerpPath(), torch.arange(8) % 10, sampler))
-    assert plan.evaluations(sampler) == network
-    costs = plan.network_costs(digits(), 10)
-    close(8*network*costs.velocity, done)
+@pytest.mark.parametrize('sampler, network, data', [
+    (Sampler(10), 10, 10), (Sampler(10, guidance=1.5), 20, 20), (Sampler(10, guidance=1.5, interval=(.25, .75)), 15, 15), (Sampler(6, 'heun', 2.), 24, 22),
+    (Sampler(4, 'heun', 2., (0., .3)), 11, 10), (Sampler(3, 'adams2'), 4, 4), (Sampler(2, 'rk4'), 8, 5)])
+def test_operations_of_sampling(trainer, sampler, network, data):
+    "Also where a network predicts data, and the last step is one of Euler."
+    assert (plan.evaluations(sampler), plan.evaluations(sampler, 'data')) == (network, data)
+    for path, expected in ((SlerpPath(), network), (SlerpPath().predicting('data'), data)):
+        done = flops(lambda: sample(trainer.net, path, torch.arange(8) % 10, sampler))
+        close(8*expected*plan.network_costs(digits(), 10).velocity, done)
 
 
 def test_hours_of_scores():

@@ -32,7 +32,7 @@ from .images import ImageSource, apart_from
 from .processes import gathered, processes
 from .runs import DataOrder, Prefetcher, Stream, seeded_generator
 from .shards import ShardedJob, image_chunks
-from typing import Any
+from typing import Any, BinaryIO
 
 # %% ../../nbs/engine/latents.ipynb #9d3d2170
 #: Precisions in which latents are stored.
@@ -311,16 +311,17 @@ def batch(self: LatentDataset,
     return z if self.project is None else self.project(z), self.y[indices]
 
 # %% ../../nbs/engine/latents.ipynb #4e118d37
-def _start_of(file: int, key: str) -> int:
+def _start_of(file: BinaryIO, key: str) -> int:
     "Where the values of a tensor begin."
-    begin = 8 + int.from_bytes(os.pread(file, 8, 0), 'little')
-    header = json.loads(os.pread(file, begin - 8, 8))
-    return begin + header[key]['data_offsets'][0]
+    file.seek(0)
+    length = int.from_bytes(file.read(8), 'little')
+    return 8 + length + json.loads(file.read(length))[key]['data_offsets'][0]
 
-def _read_pieces(file: int, start: int, begin: int, end: int, piece: int = 2**25):
+def _read_pieces(file: BinaryIO, start: int, begin: int, end: int, piece: int = 2**25):
     "Read the bytes of a tensor from `begin` to `end`, in pieces of 32 MiB, and keep none of them."
     for at in range(begin//piece*piece, end, piece):
-        os.pread(file, piece, start + at)
+        file.seek(start + at)
+        file.read(piece)
 
 # %% ../../nbs/engine/latents.ipynb #419f487a
 @patch
@@ -334,10 +335,10 @@ def read_ahead(self: LatentDataset,
     if self.z is not None: return
     for s, _, rows in self._by_shard(indices):
         first, end = int(rows.min()), int(rows.max()) + 1
-        with open(self.folder/self.index['shards'][s]['file'], 'rb') as f:
+        with open(self.folder/self.index['shards'][s]['file'], 'rb', buffering=0) as f:
             for k in self._fields():
                 width = self._maps[s][k][0].nbytes # of a row
-                _read_pieces(f.fileno(), _start_of(f.fileno(), k), first*width, end*width)
+                _read_pieces(f, _start_of(f, k), first*width, end*width)
 
 # %% ../../nbs/engine/latents.ipynb #35fc970f
 #: Where a run may read latents from: wherever they fit, the GPU, a copy in host memory, the mapped files.

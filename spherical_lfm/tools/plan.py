@@ -20,7 +20,7 @@ import psutil
 import timm
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import inception_v3
@@ -33,7 +33,8 @@ from spherical_lfm.engine.weights import (
 )
 from ..experiments import Preset
 from ..fidelity import SHARD, SUBSET
-from ..sampling import Sampler, solver
+from ..paths import LinearPath
+from ..sampling import Sampler, trajectory
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer, _emitted, _read_record, digits_autoencoder
 from ..training import TrainConfig, matmul_peak, model_flops
@@ -176,7 +177,8 @@ def _network_costs(tokenizer: str, side: int, extractor: str, model: str, classe
 
 # %% ../../nbs/tools/plan.ipynb #faf62588
 def evaluations(
-    sampler: Sampler # how a sample is drawn
+    sampler: Sampler,             # how a sample is drawn
+    prediction: str = 'velocity'  # what the network gives; with 'data' the last step is one of Euler
 ) -> int: # evaluations of the network, guided ones counted twice
     """Evaluations that a sample takes.
 
@@ -185,9 +187,14 @@ def evaluations(
     if sampler.method == 'adaptive':
         raise ValueError('an adaptive sampler takes as many steps as a sample needs: choose a method of fixed steps')
     begin, end = sampler.interval
-    starts = sampler.times[:-1]
-    guided = sum(begin <= t <= end for t in starts) if sampler.guidance != 1. else 0
-    return solver(sampler.method).evaluations*(len(starts) + guided)
+    asked = []
+    def field(z: Tensor, t: float) -> Tensor:
+        asked.append(1 + (sampler.guidance != 1. and begin <= t <= end))
+        return z
+    path = LinearPath().predicting(prediction)
+    for _ in trajectory(field, path, torch.zeros(1, 1, 1, 1), sampler.times, sampler.method):
+        pass
+    return sum(asked)
 
 # %% ../../nbs/tools/plan.ipynb #a4ed8f73
 def _checkpoints(config: TrainConfig) -> tuple[int, int]: # written, and on disk at the end
@@ -338,7 +345,7 @@ def _hours(
     "Wall-clock hours of everything that computes."
     scorings, precision = _scorings(preset, config, curve), preset.sampler.precision
     samples = arms*sum(n for n, _ in scorings)
-    steps = arms*sum(n*evaluations(sampler) for n, sampler in scorings)
+    steps = arms*sum(n*evaluations(sampler, config.prediction) for n, sampler in scorings)
     images = count*(1 + _encoding(preset).flip)
     passes = 4 if config.checkpointing else 3
     real = 0 if preset.reference else min(preset.reference_count or count, count)
