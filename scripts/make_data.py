@@ -55,7 +55,7 @@ def prediction(out: Path, scale: float):
 def speed(out: Path, scale: float):
     "The runs of that stage at other speeds."
     from spherical_lfm.tools.studies import PREDICTIONS, speed_study
-    few = {} if scale == 1 else dict(seeds=(0,), variants=PREDICTIONS[3:4], methods=('euler',)) # a rehearsal
+    few = {} if scale == 1 else dict(seeds=(0,), variants=PREDICTIONS[3:4]) # a rehearsal
     speed_study(out/'results'/'digits_speed.json', out.parent/'runs'/'prediction', scale=scale, **few)
 
 

@@ -105,7 +105,7 @@ FOLDERS = { # what writes a folder: (out, place) -> work
     'slfm_compare': lambda out, place: quiet(cli.slfm_compare, 'digits', '--out', out, '--arms', 'vanilla-linear', '--steps', 2, '--samples', 20, '--no_curve'),
     'slfm_demo': lambda out, place: quiet(cli.slfm_demo, '--out', out),
     'prediction_study': lambda out, place: prediction_study(place/'predictions.json', out, (0,), .002, PREDICTIONS[:1], progress=False),
-    'speed_study': lambda out, place: speed_study(place/'speeds.json', out, (0,), .002, PREDICTIONS[:1], ('euler',), progress=False),
+    'speed_study': lambda out, place: speed_study(place/'speeds.json', out, (0,), .002, PREDICTIONS[:1], progress=False),
 }
 LONG = ('slfm_demo', 'slfm_compare', 'slfm_probe', 'slfm_finetune', 'slfm_analyze', 'slfm_encode', 'slfm_train') # functions stand for them where it takes long
 

@@ -6,7 +6,7 @@
 __all__ = ['PATH_NAMES', 'PAPER_NAMES', 'PREDICTIONS', 'PACES', 'TokenStatistics', 'geometry_row', 'evolution', 'evolution_study',
            'Analysis', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'Probing', 'probe_study', 'probe_lines',
            'starting_tokenizer', 'check_finetune', 'finetune_study', 'seeds_study', 'speed_profile', 'prediction_study',
-           'speed_factors', 'speed_study', 'solver_study']
+           'speed_factors', 'class_spread', 'speed_study', 'solver_study']
 
 # %% ../../nbs/tools/studies.ipynb #4f5f56f9
 import json
@@ -40,7 +40,7 @@ from spherical_lfm.concentration import (
 )
 from ..decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from spherical_lfm.experiments import (
-    PRESETS, TIMES, Preset, class_mixture, decoder_name, prepare_latents, prepare_reference, run_arm, score,
+    PRESETS, TIMES, Preset, _metrics, class_mixture, decoder_name, prepare_latents, prepare_reference, run_arm,
 )
 from ..fidelity import evaluate, score_features
 from ..paths import ARMS
@@ -870,45 +870,63 @@ def speed_factors(
     return tuple((w/max(least, s))**strength for w, s in zip(wanted, profile['speed']))
 
 # %% ../../nbs/tools/studies.ipynb #4e0776bb
-#: How `speed_study` chooses factors: strength, and whether towards the model's own best speed.
-PACES: list[tuple[float, bool]] = [(0., False), (.5, False), (1., False), (1., True)]
+def class_spread(
+    z: Tensor, # latents [N, d, h, w]
+    y: Tensor  # classes [N]
+) -> dict: # 'within', 'between', 'power'
+    """Mean squares per value: of latents around the mean of their class, of these means around theirs, and of all.
 
-def _paced_rows(out: Path, preset: Preset, reference: dict, seed: int, methods: tuple) -> Iterator[dict]:
-    "Scores of a finished run by every method and at every pace."
+    The two parts add up to the third but for the mean of all.
+    """
+    means = torch.stack([z[y == k].mean(0) for k in y.unique()])
+    within = z - means[y.unique(return_inverse=True)[1]]
+    between = means - means.mean(0)
+    return {k: v.square().mean().item() for k, v in (('within', within), ('between', between), ('power', z))}
+
+# %% ../../nbs/tools/studies.ipynb #13ac4b86
+#: How `speed_study` samples: strength of the factors, whether towards the model's own best speed, and guidance.
+PACES: list[tuple[float, bool, float]] = [
+    (0., False, 1.), (.5, False, 1.), (1., False, 1.), (1., True, 1.), (0., False, 1.5)]
+
+@torch.no_grad()
+def _paced_rows(out: Path, preset: Preset, reference: dict, seed: int) -> Iterator[dict]:
+    "Metrics and spreads of a finished run's samples at every pace."
     run, (x, y) = load_run(out), digits_images('test')
     profile = speed_profile(run, load_tokenizer('digits', spherical=run.path.spherical).encode(x), y)
+    decoder = load_tokenizer(decoder_name(preset, run.record['config']['arm']), spherical=run.path.spherical)
     labels = class_mixture(digits_images('train')[1], preset.samples)
-    for method in methods:
-        for strength, own in PACES:
-            factors = speed_factors(profile, strength, own)
-            sampler = replace(preset.sampler, method=method, speed=factors, seed=seed)
-            found = score(out, run, preset, reference, labels, sampler)
-            pace = {'method': method, 'strength': strength, 'own': own}
-            yield pace | {k: found[k] for k in ('fd', 'kid', 'accuracy')}
+    for strength, own, guidance in PACES:
+        factors = speed_factors(profile, strength, own)
+        sampler = replace(preset.sampler, speed=factors, guidance=guidance, seed=seed)
+        z = sample(run.model, run.path, labels, sampler)
+        found = extract_features(decoder.decode(z), preset.extractor, parts=('features', 'logits')) | {'y': labels}
+        figures = {k: v for k, v in _metrics(found, reference, preset).items() if k in ('fd', 'kid', 'accuracy')}
+        yield {'strength': strength, 'own': own, 'guidance': guidance} | figures | class_spread(z, labels)
 
 # %% ../../nbs/tools/studies.ipynb #bd0e9572
 def speed_study(
-    path: str | Path,                   # the JSON file to write
-    runs: str | Path,                   # the folder of `prediction_study`; what is finished there is reused
-    seeds: tuple = (0, 1),              # seeds of training and sampling
-    scale: float = 1.,                  # fraction of the full number of steps and samples
-    variants: list | None = None,       # of `PREDICTIONS`; None takes velocities and data, not the ablations
-    methods: tuple = ('euler', 'heun'), # of sampling
-    progress: bool = True               # show progress bars
+    path: str | Path,             # the JSON file to write
+    runs: str | Path,             # the folder of `prediction_study`; what is finished there is reused
+    seeds: tuple = (0, 1),        # seeds of training and sampling
+    scale: float = 1.,            # fraction of the full number of steps and samples
+    variants: list | None = None, # of `PREDICTIONS`; None takes velocities and data, not the ablations
+    progress: bool = True         # show progress bars
 ) -> dict: # what is written
-    "What the runs of `prediction_study` score at other speeds; one row per variant, seed, method and pace."
+    "What the runs of `prediction_study` give at other speeds; one row per variant, seed and pace."
     claim_file(path)
     folder = claim(runs, 'a study of predictions')
     preset = _shortened(scale)
     reference = _prepare_digits(preset, folder, progress)
     rows = []
     for seed in seeds:
-        for arm, extra in PREDICTIONS[:2*len(ARMS)] if variants is None else variants:
+        for arm, extra in tqdm(PREDICTIONS[:2*len(ARMS)] if variants is None else variants, disable=not progress):
             _digits_row(preset, arm, folder, reference, seed, extra, progress)
-            out = _digits_run(folder, arm, extra, seed)
-            rows += [{'arm': arm, 'seed': seed, **extra} | row
-                     for row in _paced_rows(out, preset, reference, seed, methods)]
-    result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
+            found = _paced_rows(_digits_run(folder, arm, extra, seed), preset, reference, seed)
+            rows += [{'arm': arm, 'seed': seed, **extra} | row for row in found]
+    x, y = digits_images('train')
+    data = {name: class_spread(load_tokenizer('digits', spherical=name == 'spherical').encode(x), y)
+            for name in ('vanilla', 'spherical')}
+    result = {'rows': rows, 'data': data, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
 
