@@ -397,6 +397,10 @@ TRAINING = faults(
 
 SAMPLING = faults(
     'sampling',
+    ('factors of speed are ignored', '    if sampler.speed: field = _at_speed(field, sampler.speed)\n', '',
+     'a sampler with another speed', 'exact_prediction::test_a_sampler_with_another_speed[spherical-slerp-velocity]'),
+    ('factors jump at the end of their span', 'torch.lerp(known[low], known[low + 1], place - low)', 'known[low]',
+     'factors go over into each other', 'exact_prediction::test_a_sampler_with_another_speed[spherical-slerp-velocity]'),
     ('the last step asks where no time is left', "'euler' if path.prediction == 'data' and ahead >= 1 else method", 'method',
      'sampling with predicted data', 'exact_prediction::test_order_of_convergence'),
     ('guidance mixes data points', '(path.velocity(z, times, out) for out in _with_and_without(model, z, times, y, from_class))',
@@ -621,6 +625,16 @@ EXPERIMENTS = faults(
      'path norms and radial shares of the arms', 'exact_experiments::test_geometry_by_hand'),
 )
 
+SPEED = faults(
+    'speed',
+    ('speeds are of what was not asked for', '(run.path.velocity(z, t, run.model(z, t, y).float()), v))', '(v, v))',
+     'predicted over true speed', 'exact_prediction::test_a_profile_of_speed_by_hand'),
+    ('factors slow down', 'tuple((w/max(least, s))**strength', 'tuple((max(least, s)/w)**strength',
+     'factors bring the predicted speed to the true one', 'exact_prediction::test_factors_of_speed'),
+    ('errors are not looked at', 'math.sqrt(max(0., 1 - e))', '1.',
+     'the speed that errors allow', 'exact_prediction::test_factors_of_speed'),
+)
+
 FEATURES = faults(
     'engine.features',
     ('PSNR of images in [0, 1]', 'return 10*torch.log10(4/', 'return 10*torch.log10(1/',
@@ -693,6 +707,8 @@ IMAGES = faults(
 
 LATENTS = faults(
     'engine.latents',
+    ('tensors are looked for behind the header of another file', "return 8 + length + json.loads", 'return length + json.loads',
+     'reading ahead', 'memory::test_reading_ahead_finds_the_tensors_in_a_file'),
     ('mirrored latents are of the images as they are', 'tokenizer.encode(x.flip(-1))', 'tokenizer.encode(x)',
      'flips are latents of mirrored images', 'exact_latents::test_stored_latents_are_those_of_the_images'),
     ('latents upside down', 'tokenizer.encode(x.flip(-1))', 'tokenizer.encode(x.flip(-2))',
@@ -798,7 +814,7 @@ CLI = faults(
      '(get_preset(preset).train if preset else {}) | _chosen(TrainConfig, options)',
      '_chosen(TrainConfig, options) | (get_preset(preset).train if preset else {})',
      'options reach what they set', 'exact_cli::test_options_of_training'),
-    ('drawing ignores the interval', ', interval=_interval(**_chosen(_interval, options)))', ')',
+    ('drawing ignores the interval', ', **_changing(**_chosen(_changing, options)))', ')',
      'options reach what they set', 'exact_cli::test_options_of_sampling', 'exact_cli::test_options_of_scoring_a_run'),
     ('slfm_sample ignores its sampler', '_draw_numbered(loaded, sampler, len(numbers)',
      '_draw_numbered(loaded, Sampler(), len(numbers)',
@@ -879,8 +895,6 @@ PIPELINE = faults(
 
 STUDIES = faults(
     'tools.studies',
-    ('speeds are of what was not asked for', '(run.path.velocity(z, t, run.model(z, t, y).float()), v))', '(v, v))',
-     'predicted over true speed', 'exact_prediction::test_a_profile_of_speed_by_hand'),
     ('streamed shares divide norms by powers', 'self._radial[path] += radial.square().sum(0)',
      'self._radial[path] += radial.abs().sum(0)',
      'radial shares of a tokenizer', 'exact_geometry::test_streamed_token_statistics_by_hand'),
@@ -905,6 +919,18 @@ STUDIES = faults(
      'samples on their way', 'exact_experiments::test_evolution_follows_the_samples'),
 )
 
+BENCH = faults(
+    'tools.bench',
+    ('nothing is encoded', 'encode_latents(tok, source, folder, Encoding(flip=False, batch_size=batch_size), order, progress=False)', 'pass',
+     'a benchmark times work', 'tokenizers::test_every_round_of_the_benchmark_does_its_work'),
+)
+
+PLAN = faults(
+    'tools.plan',
+    ('data is as many evaluations as velocities', 'LinearPath().predicting(prediction)', 'LinearPath()',
+     'what a comparison needs', 'plan::test_operations_of_sampling'),
+)
+
 SHARDS = faults(
     'engine.shards',
     ('shards of another size are taken for these', 'digest_of(plan, count, size)', 'digest_of(plan)',
@@ -919,4 +945,4 @@ SHARDS = faults(
 )
 
 #: Every fault, in the order of the book.
-FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES]
+FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *SPEED, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES, *BENCH, *PLAN]

@@ -23,10 +23,10 @@ from spherical_lfm.sampling import (
 )
 from spherical_lfm.sit import SiT
 from spherical_lfm.solvers import adaptive
+from spherical_lfm.speed import speed_factors, speed_profile
 from spherical_lfm.sphere import exp_map, project, tangent
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools.pipeline import FlowScheduler, SphericalSiTPipeline
-from spherical_lfm.tools.studies import speed_factors, speed_profile
 from spherical_lfm.training import TrainConfig, Trainer, flow_loss
 
 SHAPE = (6, 4, 2, 2)

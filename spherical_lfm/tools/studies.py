@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATH_NAMES', 'PAPER_NAMES', 'PREDICTIONS', 'PACES', 'TokenStatistics', 'geometry_row', 'evolution', 'evolution_study',
            'Analysis', 'analyze_tokens', 'analyze_study', 'paper_geometry', 'Probing', 'probe_study', 'probe_lines',
-           'starting_tokenizer', 'check_finetune', 'finetune_study', 'seeds_study', 'speed_profile', 'prediction_study',
-           'speed_factors', 'class_spread', 'speed_study', 'solver_study']
+           'starting_tokenizer', 'check_finetune', 'finetune_study', 'seeds_study', 'prediction_study', 'class_spread',
+           'speed_study', 'solver_study']
 
 # %% ../../nbs/tools/studies.ipynb #4f5f56f9
 import json
@@ -33,7 +33,6 @@ from ..engine.latents import LatentDataset
 from ..engine.plots import plot_evolution, plot_geometry, plot_response, plot_sensitivity, plot_swaps
 from ..engine.processes import RunningMoments, merge_over_processes, on_main, processes, told_by_main
 from ..engine.report import environment
-from ..engine.runs import seeded_generator
 from ..engine.weights import DATA
 from spherical_lfm.concentration import (
     chi_mean, chi_variance, off_shell_distance, linear_radial_share, norm_stats, pair_profile, token_norm,
@@ -53,6 +52,7 @@ from spherical_lfm.sampling import (
 )
 from ..solvers import METHODS
 from ..sit import SiT
+from ..speed import speed_factors, speed_profile
 from ..sphere import angle
 from spherical_lfm.tokenizers import (
     Tokenizer, channel_rows, load_tokenizer, standardise, wants_statistics, with_statistics,
@@ -797,32 +797,6 @@ def _held_out_digits() -> dict:
     return {'held_out_fd': held_out['fd'], 'held_out_kid': held_out['kid'],
             'held_out_count': held_out['protocol']['samples']}
 
-# %% ../../nbs/tools/studies.ipynb #7420e277
-@torch.no_grad()
-def speed_profile(
-    run: LoadedRun, # a trained model and its path
-    z1: Tensor,     # data [B, d, h, w], projected if the path is spherical
-    y: Tensor,      # classes [B]
-    bins: int = 20, # of time: the middle of each is looked at
-    seed: int = 0   # of the noise
-) -> dict: # 'times' [bins]; 'speed' and 'errors' at each
-    """Root mean square of the predicted velocities over that of the true ones ('speed'), as far as they count.
-
-    'errors' are E|v̂ - v|²/E|v|².
-    A regression that knows no better predicts the mean of what may come, which is shorter:
-    E|v̂|² = E|v|² - E|v̂ - v|² for the best one.
-    """
-    z0 = run.path.prior(z1.shape, seeded_generator('cpu', seed)).to(z1)
-    found: dict = {'times': [(k + .5)/bins for k in range(bins)], 'speed': [], 'errors': []}
-    for s in found['times']:
-        t = torch.full((len(z1),), s, device=z1.device)
-        z, v = run.path.interpolate(z0, z1, t)
-        said, true = (run.path.tangent(z, w) for w in (run.path.velocity(z, t, run.model(z, t, y).float()), v))
-        power = true.square().mean()
-        found['speed'].append((said.square().mean()/power).sqrt().item())
-        found['errors'].append(((said - true).square().mean()/power).item())
-    return found
-
 # %% ../../nbs/tools/studies.ipynb #e6ee1da2
 #: What `prediction_study` changes: arm and settings of training.
 PREDICTIONS: list[tuple[str, dict]] = [
@@ -858,17 +832,6 @@ def prediction_study(
     write_json(path, result)
     return result
 
-# %% ../../nbs/tools/studies.ipynb #bb922634
-def speed_factors(
-    profile: dict,        # from `speed_profile`
-    strength: float = 1., # exponent: 0 changes nothing, 1 corrects in full
-    own: bool = False     # towards the speed of the best prediction with these errors, not the true speed
-) -> tuple: # for `Sampler.speed`
-    "Factors that bring the predicted speed to a better one."
-    least = .1 # a network that has learned nothing says nothing
-    wanted = [max(least, math.sqrt(max(0., 1 - e))) if own else 1. for e in profile['errors']]
-    return tuple((w/max(least, s))**strength for w, s in zip(wanted, profile['speed']))
-
 # %% ../../nbs/tools/studies.ipynb #4e0776bb
 def class_spread(
     z: Tensor, # latents [N, d, h, w]
@@ -889,9 +852,9 @@ PACES: list[tuple[float, bool, float]] = [
     (0., False, 1.), (.5, False, 1.), (1., False, 1.), (1., True, 1.), (0., False, 1.5)]
 
 @torch.no_grad()
-def _paced_rows(out: Path, preset: Preset, reference: dict, seed: int) -> Iterator[dict]:
-    "Metrics and spreads of a finished run's samples at every pace."
-    run, (x, y) = load_run(out), digits_images('test')
+def _paced_rows(run: LoadedRun, preset: Preset, reference: dict, seed: int) -> Iterator[dict]:
+    "Metrics and spreads of a run's samples at every pace."
+    x, y = digits_images('test')
     profile = speed_profile(run, load_tokenizer('digits', spherical=run.path.spherical).encode(x), y)
     decoder = load_tokenizer(decoder_name(preset, run.record['config']['arm']), spherical=run.path.spherical)
     labels = class_mixture(digits_images('train')[1], preset.samples)
@@ -902,6 +865,17 @@ def _paced_rows(out: Path, preset: Preset, reference: dict, seed: int) -> Iterat
         found = extract_features(decoder.decode(z), preset.extractor, parts=('features', 'logits')) | {'y': labels}
         figures = {k: v for k, v in _metrics(found, reference, preset).items() if k in ('fd', 'kid', 'accuracy')}
         yield {'strength': strength, 'own': own, 'guidance': guidance} | figures | class_spread(z, labels)
+
+# %% ../../nbs/tools/studies.ipynb #6f740c01
+def _paces_of(out: Path, preset: Preset, reference: dict, seed: int) -> list[dict]:
+    "The rows of a finished run, kept beside it."
+    run, store = load_run(out), out/'paces.json'
+    plan = {'weights': run.record['weights'], 'paces': [list(p) for p in PACES], 'samples': preset.samples}
+    kept = read_json(store, 'paces of a run', 'remove it') if store.exists() else {}
+    if kept.get('plan') != plan:
+        kept = {'plan': plan, 'rows': list(_paced_rows(run, preset, reference, seed))}
+        write_json(store, kept)
+    return kept['rows']
 
 # %% ../../nbs/tools/studies.ipynb #bd0e9572
 def speed_study(
@@ -921,7 +895,7 @@ def speed_study(
     for seed in seeds:
         for arm, extra in tqdm(PREDICTIONS[:2*len(ARMS)] if variants is None else variants, disable=not progress):
             _digits_row(preset, arm, folder, reference, seed, extra, progress)
-            found = _paced_rows(_digits_run(folder, arm, extra, seed), preset, reference, seed)
+            found = _paces_of(_digits_run(folder, arm, extra, seed), preset, reference, seed)
             rows += [{'arm': arm, 'seed': seed, **extra} | row for row in found]
     x, y = digits_images('train')
     data = {name: class_spread(load_tokenizer('digits', spherical=name == 'spherical').encode(x), y)
