@@ -1,13 +1,15 @@
-"""The study of a real tokenizer on real photographs behind chapters 01, 05 and 06: TAEF2 on CIFAR-10 and ImageNet samples.
+"""The study of real tokenizers on real photographs: TAEF2 behind chapters 01, 05 and 06, its family in a tutorial.
 
     python scripts/study_taef2.py                      everything, about three hours on two CPU cores
     python scripts/study_taef2.py --stages probes      one stage
     python scripts/study_taef2.py --scale 0.01 --out DIR   a tiny rehearsal elsewhere
 
 The folder MATERIAL holds what cannot be shipped: taef2/taef2_{encoder,decoder}.safetensors, cifar10_{train,test}.parquet and
-imagenet_samples_256.parquet (columns image and label). What was finished in RUNS is reused.
+imagenet_samples_256.parquet (columns image and label); for the stage `family` also FAMILY_{encoder,decoder}.safetensors in
+a folder `weights`. What was finished in RUNS is reused.
 """
 import argparse
+import math
 import shutil
 import subprocess
 import sys
@@ -19,13 +21,23 @@ from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from spherical_lfm.concentration import token_norm
+from spherical_lfm.concentration import isotropic_pair, token_norm
 from spherical_lfm.decoder import reconstruction_metrics
+from spherical_lfm.engine.features import psnr
 from spherical_lfm.engine.files import atomic_write, claim_file, write_json
 from spherical_lfm.engine.images import ImageSource, to_uint8
 from spherical_lfm.engine.report import environment
+from spherical_lfm.probes import (
+    equal_displacement,
+    find_partners,
+    probe_swaps,
+    sensitivity,
+    summarise_swaps,
+    swap_displacement,
+)
 from spherical_lfm.sphere import project, slerp
 from spherical_lfm.tokenizers import Tokenizer, load_tokenizer, measure_statistics, standardise
+from spherical_lfm.tools.studies import TokenStatistics
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -102,6 +114,48 @@ def projection(material: Path, runs: Path, out: Path, scaled):
     keep(out, projection=runs/'projection.json')
 
 
+def shape_of(z: torch.Tensor) -> dict:
+    "Norms and the linear path of tokens, beside that of isotropic tokens which share no more than mean radius and CV."
+    times = torch.linspace(0, 1, 33)
+    seen = TokenStatistics(z.shape[1], times).update(z)
+    mean, std = seen.norms.mean.item(), seen.norms.std.item()
+    radius, cv = mean/math.sqrt(z.shape[1]), std/mean
+    alone = TokenStatistics(z.shape[1], times).update(isotropic_pair(z.shape[1], radius, cv, 40_000)[1])
+    return {'mean_over_sqrt_d': radius, 'cv': cv, **{f'{prefix}{k}': v for prefix, s in (('', seen), ('expected_', alone)) for k, v in
+            (('excursion_sigma', s.excursion()), ('share', [s.share('linear')[k].item() for k in (0, 16, 32)]))}}
+
+
+@torch.no_grad()
+def portrait(plain: Tokenizer, source: ImageSource, count: int) -> dict:
+    "Tokens as the encoder emits them and standardised; swaps, sensitivity, and the cost of projection, standardised, with the original decoder."
+    order = source.shuffled(0)[:count]
+    images = torch.stack([x for x, _ in source.stream(order, count)])
+    standard = standardise(plain, measure_statistics(plain, images.split(16)))
+    z = torch.cat([standard.encode(x) for x in images.split(16)])
+    anchors, partner = find_partners(source.labels[order], torch.Generator().manual_seed(0), 'class' if source.labels[order].bincount().min() > 1 else 'any')
+    quality = {name: psnr(torch.cat([standard.decode(x) for x in latents.split(16)]), images).mean().item() for name, latents in (('original', z), ('projected', project(z)))}
+    swaps = summarise_swaps(probe_swaps(standard, z, anchors, partner, batch_size=16))['pixel']
+    return {'d': z.shape[1], 'images': len(images), 'tokens': z.numel()//z.shape[1],
+            'raw': shape_of(torch.cat([plain.raw_latents(x) for x in images.split(16)])), 'standardised': shape_of(z),
+            'swaps': swaps['mean'], 'token_moves': swap_displacement(z, anchors, partner), 'psnr': quality,
+            'scaled_over_rotated': equal_displacement(sensitivity(standard, z[:max(1, count//8)], batch_size=16))['scaled']}
+
+
+#: The TAESD family: names of its files, from few channels to many.
+FAMILY = 'taesd', 'taesdxl', 'taesd3', 'taef1', 'taef2'
+
+
+def family(material: Path, runs: Path, out: Path, scaled):
+    "Five tokenizers of one family with 4, 4, 16, 16 and 32 channels, on small and on large photographs."
+    rows = []
+    for images, size, count in (('CIFAR-10 64 px', 64, scaled(256)), ('ImageNet 256 px', 256, scaled(32))):
+        source = ImageSource(material/('cifar10_test.parquet' if size == 64 else 'imagenet_samples_256.parquet'), size)
+        for name in FAMILY:
+            print(f'{name}, {images}', flush=True)
+            rows.append({'tokenizer': name, 'of': images} | portrait(load_tokenizer(material/'weights'/f'{name}_encoder.safetensors'), source, count))
+    write_json(claim_file(out/'family.json'), {'rows': rows, 'environment': environment([0])})
+
+
 def decoder(material: Path, runs: Path, out: Path, scaled):
     "The decoder for the sphere and its control on CIFAR-10 at 64 px."
     run('slfm_finetune', material/'taef2', material/'cifar10_train.parquet', runs/'cifar-taef2', '--held_out', material/'cifar10_test.parquet', '--held_out_count', scaled(1024), '--size', 64,
@@ -115,7 +169,7 @@ def bench(material: Path, runs: Path, out: Path, scaled):
     keep(out, bench_tokenizer=runs/'bench_tokenizer.json')
 
 
-STAGES = {f.__name__: f for f in (geometry, probes, swap_demo, projection, decoder, bench)}
+STAGES = {f.__name__: f for f in (geometry, probes, swap_demo, projection, family, decoder, bench)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -126,6 +180,7 @@ if __name__ == '__main__':
     parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES), help='which parts, in this order')
     args = parser.parse_args()
     wanted = ['taef2/taef2_encoder.safetensors', 'taef2/taef2_decoder.safetensors', 'cifar10_train.parquet', 'cifar10_test.parquet', 'imagenet_samples_256.parquet']
+    if 'family' in args.stages: wanted += [f'weights/{n}_{part}.safetensors' for n in FAMILY for part in ('encoder', 'decoder')]
     missing = [n for n in wanted if not (args.material/n).exists()]
     if missing: sys.exit(f'{args.material} lacks {", ".join(missing)}')
     for stage in args.stages: STAGES[stage](args.material, args.runs, args.out, lambda n: max(4, round(n*args.scale)))

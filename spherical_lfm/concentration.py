@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_norm', 'chi_mean', 'chi_variance', 'shell_tail_bound', 'norm_stats', 'radial_share', 'path_norms',
-           'linear_radial_share', 'off_shell_distance', 'isotropic_pair', 'pair_profile']
+           'linear_radial_share', 'off_shell_distance', 'isotropic_pair', 'expected_excursion', 'pair_profile']
 
 # %% ../nbs/01_concentration.ipynb #5b03473f
 import math
@@ -127,6 +127,16 @@ def isotropic_pair(
     g = torch.Generator().manual_seed(seed)
     noise, direction, length = (torch.randn(count, n, 1, 1, generator=g, dtype=torch.float64) for n in (d, d, 1))
     return noise, direction/token_norm(direction, keepdim=True)*(radius*math.sqrt(d)*(1 + cv*length)).clamp_min(1e-3)
+
+# %% ../nbs/01_concentration.ipynb #17c22985
+def expected_excursion(
+    noise: tuple, # (mean, std) of token norms
+    data: tuple   # the same of the data
+) -> float: # in units of σ
+    "`off_shell_distance` of the linear path between independent isotropic tokens, from their norms alone."
+    t = torch.linspace(0, 1, 257, dtype=torch.float64)
+    start, end = (mean**2 + std**2 for mean, std in (noise, data))
+    return off_shell_distance(((1 - t)**2*start + t**2*end).sqrt(), (noise, data))
 
 # %% ../nbs/01_concentration.ipynb #0c5fec97
 def pair_profile(

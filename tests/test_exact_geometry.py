@@ -10,6 +10,7 @@ from spherical_lfm import concentration, sphere
 from spherical_lfm.concentration import (
     chi_mean,
     chi_variance,
+    expected_excursion,
     isotropic_pair,
     linear_radial_share,
     norm_stats,
@@ -21,7 +22,7 @@ from spherical_lfm.concentration import (
 )
 from spherical_lfm.engine.processes import RunningMoments
 from spherical_lfm.paths import ARMS, LinearPath, ShellPath, SlerpPath, arm_path
-from spherical_lfm.tools.studies import TokenStatistics, geometry_row
+from spherical_lfm.tools.studies import TokenStatistics, geometry_row, rule_of_thumb
 
 
 def gauss(*shape, seed=0):
@@ -264,3 +265,21 @@ def test_arms_are_what_they_are_called():
         prior = path.prior((2, 4, 1, 1), torch.Generator().manual_seed(3))
         plain = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(3))
         torch.testing.assert_close(prior, 2*plain/plain.norm(dim=1, keepdim=True) if 'spherical' in arm else plain)
+
+
+@pytest.mark.parametrize('radius, cv', [(1., .15), (1., .4), (.35, .23)])
+def test_the_excursion_that_norms_alone_expect(radius, cv):
+    "That of isotropic tokens in many dimensions; for equal radii (1 - 1/√2)/CV, where the path's own spread is small."
+    d = 256
+    z0, z1 = isotropic_pair(d, radius, cv, 500)
+    shells = [(norm_stats(z)['mean'], norm_stats(z)['std']) for z in (z0, z1)]
+    times = torch.linspace(0, 1, 65, dtype=torch.float64)
+    walked = path_norms(LinearPath().interpolate, z0, z1, times)
+    assert expected_excursion(*shells) == pytest.approx(off_shell_distance(walked['mean'], shells), rel=.05)
+    if radius == 1.: assert expected_excursion((1., .01), (1., cv)) == pytest.approx((1 - .5**.5)/cv, rel=.1)
+
+
+def test_the_rule_of_thumb_names_its_number():
+    thick, thin = ({'d': 32, 'mean_over_sqrt_d': .99, 'cv': cv} for cv in (.4, .12))
+    assert rule_of_thumb(thick).startswith('0.7 σ by its norms alone') and 'hardly a shell' in rule_of_thumb(thick)
+    assert rule_of_thumb(thin).startswith('2.2 σ by its norms alone') and 'leaves this shell' in rule_of_thumb(thin)

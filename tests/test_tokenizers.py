@@ -520,13 +520,20 @@ def test_the_study_behind_the_chapters_in_small(tmp_path, monkeypatch):
     (material/'taef2').mkdir()
     for f in (SHARED/'weights').glob('taef2_*'): (material/'taef2'/f.name).symlink_to(f)
     for f in (SHARED/'data').iterdir(): (material/f.name).symlink_to(f)
+    (material/'weights').symlink_to(SHARED/'weights')
     def run(command, *args):
         result = call(command, *args, cwd=tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
     monkeypatch.setattr(study_taef2, 'run', run)
-    for stage in ('geometry', 'projection', 'decoder'): study_taef2.STAGES[stage](material, tmp_path/'runs', tmp_path/'out', lambda n: max(4, round(.001*n)))
+    for stage in ('geometry', 'projection', 'family', 'decoder'): study_taef2.STAGES[stage](material, tmp_path/'runs', tmp_path/'out', lambda n: max(4, round(.001*n)))
     geometry = json.loads((tmp_path/'out'/'geometry.json').read_text())
     assert {'digits', 'taef2, CIFAR-10 64 px', 'taef2, ImageNet 256 px'} == geometry.keys()
+    family = json.loads((tmp_path/'out'/'family.json').read_text())['rows']
+    assert [(r['tokenizer'], r['d']) for r in family] == 2*[('taesd', 4), ('taesdxl', 4), ('taesd3', 16), ('taef1', 16), ('taef2', 32)]
+    for r in family:
+        assert r['psnr']['original'] > r['psnr']['projected'] > 8 and r['swaps']['full'][0] > r['swaps']['radius'][0] > 0
+        for z in (r['raw'], r['standardised']):
+            assert z['excursion_sigma'] == pytest.approx(z['expected_excursion_sigma'], rel=.1) and z['share'] == pytest.approx(z['expected_share'], abs=.05)
     study = json.loads((tmp_path/'out'/'decoder_cifar10.json').read_text())
     assert study['pipelines']['original']['psnr'] > study['pipelines']['original, projected']['psnr'] > 20
 

@@ -59,7 +59,7 @@ from .pipeline import SphericalSiTPipeline
 from .plan import H100, known_data, plan_comparison, plan_table, this_machine
 from spherical_lfm.tools.studies import (
     Analysis, Probing, analyze_study, check_finetune, finetune_study, paper_geometry, probe_lines, probe_study,
-    starting_tokenizer,
+    rule_of_thumb, starting_tokenizer,
 )
 
 # %% ../../nbs/tools/cli.ipynb #133a0885
@@ -447,6 +447,7 @@ def slfm_analyze(
     found = analyze_study(tok, source, out, name, Analysis(**_chosen(Analysis, options)))
     if not found: return
     _print_geometry([f['row'] for f in found.values()])
+    print(f'{name or tok.name}: {rule_of_thumb(found[name or tok.name]["row"])}')
     skipped = found[name or tok.name]['protocol']['skipped']
     print(f'{skipped} images skipped; table, numbers and figure in {out}')
 
