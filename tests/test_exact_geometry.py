@@ -282,4 +282,4 @@ def test_the_excursion_that_norms_alone_expect(radius, cv):
 def test_the_rule_of_thumb_names_its_number():
     thick, thin = ({'d': 32, 'mean_over_sqrt_d': .99, 'cv': cv} for cv in (.4, .12))
     assert rule_of_thumb(thick).startswith('0.7 σ by its norms alone') and 'hardly a shell' in rule_of_thumb(thick)
-    assert rule_of_thumb(thin).startswith('2.2 σ by its norms alone') and 'leaves this shell' in rule_of_thumb(thin)
+    assert rule_of_thumb(thin).startswith('2.3 σ by its norms alone') and 'leaves this shell' in rule_of_thumb(thin)
