@@ -32,6 +32,7 @@ def flat(text): return ' '.join(text.split())
 
 DIGITS, PHOTOS, DECODER = result('digits_comparison'), result('cifar10_taef2_small'), result('decoder_cifar10')
 PREDICTED = result('digits_prediction')['rows']
+SPEED = result('digits_speed')
 PROBES = {name: result(f'probe_{name}') for name in ('cifar10', 'imagenet')}
 
 
@@ -58,6 +59,16 @@ def shares(key): # of the lead that stay with one decoder, in per cent
 def ahead(arm, steps): # KID by which the exponential map is lower than the straight step
     found = {r['exponential']: r['kid'] for r in PHOTOS['sweep'] if (r['arm'], r['steps']) == (arm, steps)}
     return found[False] - found[True]
+
+
+def paced(arm, strength=0., own=False, guidance=1., prediction='velocity', key='kid'): # mean over seeds on digits
+    rows = [r for r in SPEED['rows'] if (r['arm'], r['strength'], r['own'], r['guidance'], r.get('prediction', 'velocity')) == (arm, strength, own, guidance, prediction)]
+    assert len(rows) == 2
+    return mean(r[key] for r in rows)
+
+
+def apart(arm): # class means at the true speed over those of the data
+    return paced(arm, 1., key='between')/SPEED['data']['spherical' if 'spherical' in arm else 'vanilla']['between']
 
 
 def predicted(arm, key='kid', **settings): # both seeds of a variant on digits, the lower one first
@@ -133,16 +144,25 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
      [photo(arm, 'kid') for arm in (ARC, CHORD)]),
     ('12_experiments', 'The KIDs are {:.3f} apart', (photo(CHORD, 'kid') - photo(ARC, 'kid'),)),
     ('12_experiments', 'Their KIDs are {:.3f} apart', (photo(SPHERE, 'kid') - photo(SHELL, 'kid'),)),
-    ('12_experiments', 'Slerp stays first by the mean (KID {:.3f}, vanilla-linear {:.3f}, spherical-linear {:.3f}, shell {:.3f}), but with data even vanilla-linear is ahead of slerp with velocities ({:.3f})',
+    ('13_prediction', 'Slerp stays first by the mean (KID {:.3f}, vanilla-linear {:.3f}, spherical-linear {:.3f}, shell {:.3f}), but with data even vanilla-linear is ahead of slerp with velocities ({:.3f})',
      (*(told(arm, prediction='data') for arm in (ARC, CHORD, SPHERE, SHELL)), told(ARC))),
-    ('12_experiments', 'takes vanilla-linear from {:.3f} to {:.3f} (means), {:.0f} % of the way to slerp\'s {:.3f}',
+    ('13_prediction', 'takes vanilla-linear from {:.3f} to {:.3f} (means), {:.0f} % of the way to slerp\'s {:.3f}',
      (told(CHORD), told(CHORD, skip=True), 100*(told(CHORD) - told(CHORD, skip=True))/(told(CHORD) - told(ARC)), told(ARC))),
-    ('12_experiments', 'Spherical-linear with a skip, at {:.3f}, is ahead', (told(SPHERE, skip=True),)),
-    ('12_experiments', 'gains the least in proportion ({:.3f} to {:.3f})', (told(SHELL), told(SHELL, skip=True))),
-    ('12_experiments', 'takes vanilla-linear to {:.3f} and slerp to {:.3f}. Slerp gains as well', (told(CHORD, prediction='data'), told(ARC, prediction='data'))),
-    ('12_experiments', 'are far apart ({:.3f} and {:.3f})', predicted(CHORD, prediction='data')),
-    ('12_experiments', 'slerp is at {:.3f}, behind vanilla-linear. The skip gives it back more than half of what it lost ({:.3f}; with the projection it is {:.3f})',
+    ('13_prediction', 'Spherical-linear with a skip, at {:.3f}, is ahead', (told(SPHERE, skip=True),)),
+    ('13_prediction', 'the least in proportion ({:.3f} to {:.3f})', (told(SHELL), told(SHELL, skip=True))),
+    ('13_prediction', 'takes vanilla-linear to {:.3f} and slerp to {:.3f}. Slerp gains as well', (told(CHORD, prediction='data'), told(ARC, prediction='data'))),
+    ('13_prediction', 'are far apart ({:.3f} and {:.3f})', predicted(CHORD, prediction='data')),
+    ('13_prediction', 'slerp is at {:.3f}, behind vanilla-linear. The skip gives it back more than half of what it lost ({:.3f}; with the projection it is {:.3f})',
      (told(ARC, project_velocity=False), told(ARC, project_velocity=False, skip=True), told(ARC))),
+    ('13_prediction', 'gains again, slerp to {:.3f}, without', (paced(ARC, 1.),)),
+    ('13_prediction', 'changes little: {:.3f} to {:.3f} for vanilla-linear, {:.3f} to {:.3f} for slerp', (paced(CHORD), paced(CHORD, 1., True), paced(ARC), paced(ARC, 1., True))),
+    ('13_prediction', 'vanilla-linear from {:.3f} to {:.3f}, shell from {:.3f} to {:.3f}, spherical-linear from {:.3f} to {:.3f}, slerp from {:.3f} to {:.3f}. It costs nothing',
+     [paced(arm, strength) for arm in (CHORD, SHELL, SPHERE, ARC) for strength in (0., 1.)]),
+    ('13_prediction', 'which end {:.1f} to {:.1f} times as far apart', (min(map(apart, (CHORD, SHELL, SPHERE, ARC))), max(map(apart, (CHORD, SHELL, SPHERE, ARC))))),
+    ('13_prediction', 'gain more from guidance ({:.3f} and {:.3f}), the spherical', (paced(CHORD, guidance=1.5), paced(SHELL, guidance=1.5))),
+    ('13_prediction', 'from {:.0f} to {:.0f} % for vanilla-linear and from {:.0f} to {:.0f} % for slerp', [100*paced(arm, strength, key='accuracy') for arm in (CHORD, ARC) for strength in (0., 1.)]),
+    ('13_prediction', 'all four gain (slerp to {:.3f}, the lowest', (paced(ARC, .5, prediction='data'),)),
+    ('13_prediction', 'slerp and shell ({:.3f} and {:.3f}), and guidance', (paced(ARC, 1., prediction='data'), paced(SHELL, 1., prediction='data'))),
     ('12_experiments', 'The two seeds differ in KID by {:.4f} for slerp and by {:.3f} for linear',
      [abs(photo(arm, 'kid', 0) - photo(arm, 'kid', 1)) for arm in (ARC, CHORD)]),
     ('12_experiments', 'in Fréchet distance by {:.1f} for slerp and by {:.0f} for linear',
