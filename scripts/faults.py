@@ -625,8 +625,8 @@ EXPERIMENTS = faults(
      'path norms and radial shares of the arms', 'exact_experiments::test_geometry_by_hand'),
 )
 
-SPEED = faults(
-    'speed',
+PREDICTION = faults(
+    'prediction',
     ('speeds are of what was not asked for', '(run.path.velocity(z, t, run.model(z, t, y).float()), v))', '(v, v))',
      'predicted over true speed', 'exact_prediction::test_a_profile_of_speed_by_hand'),
     ('factors slow down', 'tuple((w/max(least, s))**strength', 'tuple((max(least, s)/w)**strength',
@@ -945,4 +945,4 @@ SHARDS = faults(
 )
 
 #: Every fault, in the order of the book.
-FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *SPEED, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES, *BENCH, *PLAN]
+FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *PREDICTION, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES, *BENCH, *PLAN]

@@ -10,6 +10,7 @@ from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
 from spherical_lfm.engine.runs import seeded_generator
 from spherical_lfm.paths import ARMS, SlerpPath, arm_path
+from spherical_lfm.prediction import speed_factors, speed_profile
 from spherical_lfm.sampling import (
     LoadedRun,
     Sampler,
@@ -23,7 +24,6 @@ from spherical_lfm.sampling import (
 )
 from spherical_lfm.sit import SiT
 from spherical_lfm.solvers import adaptive
-from spherical_lfm.speed import speed_factors, speed_profile
 from spherical_lfm.sphere import exp_map, project, tangent
 from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools.pipeline import FlowScheduler, SphericalSiTPipeline

@@ -35,7 +35,8 @@ from ..engine.processes import RunningMoments, merge_over_processes, on_main, pr
 from ..engine.report import environment
 from ..engine.weights import DATA
 from spherical_lfm.concentration import (
-    chi_mean, chi_variance, expected_excursion, off_shell_distance, linear_radial_share, norm_stats, pair_profile, token_norm,
+    chi_mean, chi_variance, expected_excursion, off_shell_distance, linear_radial_share, norm_stats, pair_profile,
+    token_norm,
 )
 from ..decoder import FinetuneConfig, finetune_decoder, reconstruction_metrics
 from spherical_lfm.experiments import (
@@ -52,7 +53,7 @@ from spherical_lfm.sampling import (
 )
 from ..solvers import METHODS
 from ..sit import SiT
-from ..speed import speed_factors, speed_profile
+from ..prediction import speed_factors, speed_profile
 from ..sphere import angle
 from spherical_lfm.tokenizers import (
     Tokenizer, channel_rows, load_tokenizer, standardise, wants_statistics, with_statistics,
