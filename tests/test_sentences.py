@@ -33,6 +33,7 @@ def flat(text): return ' '.join(text.split())
 DIGITS, PHOTOS, DECODER = result('digits_comparison'), result('cifar10_taef2_small'), result('decoder_cifar10')
 PREDICTED = result('digits_prediction')['rows']
 SPEED = result('digits_speed')
+FAMILY = result('family')['rows']
 PROBES = {name: result(f'probe_{name}') for name in ('cifar10', 'imagenet')}
 
 
@@ -59,6 +60,12 @@ def shares(key): # of the lead that stay with one decoder, in per cent
 def ahead(arm, steps): # KID by which the exponential map is lower than the straight step
     found = {r['exponential']: r['kid'] for r in PHOTOS['sweep'] if (r['arm'], r['steps']) == (arm, steps)}
     return found[False] - found[True]
+
+
+def family(*names, kind='standardised', key='excursion_sigma'): # smallest and largest of some tokenizers on both kinds of images
+    found = [r['psnr']['original'] - r['psnr']['projected'] if key == 'cost' else r['swaps']['radius'][0]/r['swaps']['full'][0] if key == 'swap' else r[kind][key]
+             for r in FAMILY if r['tokenizer'] in names]
+    return min(found), max(found)
 
 
 def paced(arm, strength=0., own=False, guidance=1., prediction='velocity', key='kid'): # mean over seeds on digits
@@ -154,6 +161,13 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('13_prediction', 'are far apart ({:.3f} and {:.3f})', predicted(CHORD, prediction='data')),
     ('13_prediction', 'slerp is at {:.3f}, behind vanilla-linear. The skip gives it back more than half of what it lost ({:.3f}; with the projection it is {:.3f})',
      (told(ARC, project_velocity=False), told(ARC, project_velocity=False, skip=True), told(ARC))),
+    ('tutorial_vae', 'leaves its shells clearly, by {:.1f} to {:.1f} σ', family('taef2')),
+    ('tutorial_vae', 'With 16 channels it is {:.1f} to {:.1f} σ', family('taesd3', 'taef1')),
+    ('tutorial_vae', 'with 4 channels {:.1f} to {:.1f} (for', family('taesd', 'taesdxl')),
+    ('tutorial_vae', 'projection costs {:.1f} to {:.1f} dB', family('taesd', 'taesdxl', 'taesd3', 'taef1', key='cost')),
+    ('tutorial_vae', 'against {:.1f} to {:.1f}.', family('taef2', key='cost')),
+    ('tutorial_vae', 'have a CV of {:.2f} on CIFAR-10', family('taesd3', kind='raw', key='cv')[:1]),
+    ('tutorial_vae', 'widens it to {:.2f}', family('taesd3', key='cv')[:1]),
     ('13_prediction', 'gains again, slerp to {:.3f}, without', (paced(ARC, 1.),)),
     ('13_prediction', 'changes little: {:.3f} to {:.3f} for vanilla-linear, {:.3f} to {:.3f} for slerp', (paced(CHORD), paced(CHORD, 1., True), paced(ARC), paced(ARC, 1., True))),
     ('13_prediction', 'vanilla-linear from {:.3f} to {:.3f}, shell from {:.3f} to {:.3f}, spherical-linear from {:.3f} to {:.3f}, slerp from {:.3f} to {:.3f}. It costs nothing',
@@ -293,3 +307,11 @@ def test_nothing_points_to_an_unpublished_repository():
     for p in NOTEBOOKS:
         text = '\n'.join(cells(p, 'markdown'))
         assert settings()['git_url'] not in text and 'mybinder' not in text, p.name
+
+
+def test_norms_alone_say_what_five_tokenizers_do():
+    for r in FAMILY:
+        for z in (r['raw'], r['standardised']):
+            assert z['excursion_sigma'] == pytest.approx(z['expected_excursion_sigma'], abs=.016)
+            assert z['share'] == pytest.approx(z['expected_share'], abs=.02)
+    assert max(abs(x - 1/3) for x in family('taesd', 'taesdxl', key='swap')) < .04 and max(abs(x - .1) for x in family('taef2', key='swap')) < .02
