@@ -397,7 +397,7 @@ TRAINING = faults(
 
 SAMPLING = faults(
     'sampling',
-    ('factors of speed are ignored', '    if sampler.speed: field = _at_speed(field, sampler.speed)\n', '',
+    ('factors of speed are ignored', '    if sampler.speed: field = _at_speed(field, torch.tensor(sampler.speed, device=device))\n', '',
      'a sampler with another speed', 'exact_prediction::test_a_sampler_with_another_speed[spherical-slerp-velocity]'),
     ('factors jump at the end of their span', 'torch.lerp(known[low], known[low + 1], place - low)', 'known[low]',
      'factors go over into each other', 'exact_prediction::test_a_sampler_with_another_speed[spherical-slerp-velocity]'),

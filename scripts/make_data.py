@@ -54,8 +54,8 @@ def prediction(out: Path, scale: float):
 
 def speed(out: Path, scale: float):
     "The runs of that stage at other speeds."
-    from spherical_lfm.tools.studies import PREDICTIONS, speed_study
-    few = {} if scale == 1 else dict(seeds=(0,), variants=PREDICTIONS[3:4]) # a rehearsal
+    from spherical_lfm.tools.studies import speed_study
+    few = {} if scale == 1 else dict(seeds=(0,), variants=[('spherical-slerp', {})]) # a rehearsal
     speed_study(out/'results'/'digits_speed.json', out.parent/'runs'/'prediction', scale=scale, **few)
 
 

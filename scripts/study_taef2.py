@@ -9,7 +9,6 @@ imagenet_samples_256.parquet (columns image and label); for the stage `family` a
 a folder `weights`. What was finished in RUNS is reused.
 """
 import argparse
-import math
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from spherical_lfm.concentration import isotropic_pair, token_norm
 from spherical_lfm.decoder import reconstruction_metrics
-from spherical_lfm.engine.features import psnr
 from spherical_lfm.engine.files import atomic_write, claim_file, write_json
 from spherical_lfm.engine.images import ImageSource, to_uint8
 from spherical_lfm.engine.report import environment
@@ -116,13 +114,14 @@ def projection(material: Path, runs: Path, out: Path, scaled):
 
 def shape_of(z: torch.Tensor) -> dict:
     "Norms and the linear path of tokens, beside that of isotropic tokens which share no more than mean radius and CV."
-    times = torch.linspace(0, 1, 33)
-    seen = TokenStatistics(z.shape[1], times).update(z)
-    mean, std = seen.norms.mean.item(), seen.norms.std.item()
-    radius, cv = mean/math.sqrt(z.shape[1]), std/mean
-    alone = TokenStatistics(z.shape[1], times).update(isotropic_pair(z.shape[1], radius, cv, 40_000)[1])
-    return {'mean_over_sqrt_d': radius, 'cv': cv, **{f'{prefix}{k}': v for prefix, s in (('', seen), ('expected_', alone)) for k, v in
-            (('excursion_sigma', s.excursion()), ('share', [s.share('linear')[k].item() for k in (0, 16, 32)]))}}
+    d, times = z.shape[1], torch.linspace(0, 1, 33)
+    def told(tokens):
+        found = TokenStatistics(d, times).update(tokens).summary()
+        share = found['paths']['linear']['radial_share']
+        return {k: found[k] for k in ('mean_over_sqrt_d', 'cv', 'excursion_sigma')} | {'share': [share[k] for k in (0, 16, 32)]}
+    seen = told(z)
+    alone = told(isotropic_pair(d, seen['mean_over_sqrt_d'], seen['cv'], 40_000)[1])
+    return seen | {f'expected_{k}': alone[k] for k in ('excursion_sigma', 'share')}
 
 
 @torch.no_grad()
@@ -133,11 +132,11 @@ def portrait(plain: Tokenizer, source: ImageSource, count: int) -> dict:
     standard = standardise(plain, measure_statistics(plain, images.split(16)))
     z = torch.cat([standard.encode(x) for x in images.split(16)])
     anchors, partner = find_partners(source.labels[order], torch.Generator().manual_seed(0), 'class' if source.labels[order].bincount().min() > 1 else 'any')
-    quality = {name: psnr(torch.cat([standard.decode(x) for x in latents.split(16)]), images).mean().item() for name, latents in (('original', z), ('projected', project(z)))}
-    swaps = summarise_swaps(probe_swaps(standard, z, anchors, partner, batch_size=16))['pixel']
+    projected = Tokenizer(standard.autoencoder, standard.transform, spherical=True)
     return {'d': z.shape[1], 'images': len(images), 'tokens': z.numel()//z.shape[1],
             'raw': shape_of(torch.cat([plain.raw_latents(x) for x in images.split(16)])), 'standardised': shape_of(z),
-            'swaps': swaps['mean'], 'token_moves': swap_displacement(z, anchors, partner), 'psnr': quality,
+            'swaps': summarise_swaps(probe_swaps(standard, z, anchors, partner, batch_size=16))['pixel']['mean'], 'token_moves': swap_displacement(z, anchors, partner),
+            'psnr': {name: reconstruction_metrics(t, images, batch_size=16)['psnr'] for name, t in (('original', standard), ('projected', projected))},
             'scaled_over_rotated': equal_displacement(sensitivity(standard, z[:max(1, count//8)], batch_size=16))['scaled']}
 
 

@@ -211,18 +211,17 @@ def _device_of(model: Callable) -> torch.device:
     return next((p.device for p in parameters), torch.device('cpu'))
 
 # %% ../nbs/09_sampling.ipynb #bb6eec24
-def _factor_at(t: Tensor, speed: tuple) -> Tensor:
-    "Factors at times [B], shaped [B, 1, 1, 1]."
-    known = torch.tensor([*speed, speed[-1]], device=t.device, dtype=t.dtype)
-    place = (t*len(speed) - .5).clamp(0, len(speed) - 1)
-    low = place.long()
-    return torch.lerp(known[low], known[low + 1], place - low).view(-1, 1, 1, 1)
-
-def _at_speed(field: Callable, speed: tuple) -> Callable:
-    "A field whose velocities are multiplied by factors that change with time."
+def _at_speed(
+    field: Callable, # (z, t) -> velocities
+    speed: Tensor    # factors in the middle of equal spans of time, where the positions are
+) -> Callable: # (z, t) -> velocities
+    "A field whose velocities are multiplied by factors that change with time, linearly between the middles."
+    spans, known = len(speed), torch.cat([speed, speed[-1:]])
     def faster(z: Tensor, t: float | Tensor) -> Tensor:
-        times = torch.as_tensor(t, device=z.device, dtype=z.dtype).flatten()
-        return _factor_at(times, speed)*field(z, t)
+        times = t.to(known.dtype) if isinstance(t, Tensor) and t.ndim else known.new_full((1,), float(t))
+        place = (times*spans - .5).clamp(0, spans - 1)
+        low = place.long()
+        return torch.lerp(known[low], known[low + 1], place - low).view(-1, 1, 1, 1)*field(z, t)
     return faster
 
 # %% ../nbs/09_sampling.ipynb #4d785395
@@ -239,7 +238,7 @@ def velocity_field(
         raise ValueError('guidance needs the number of classes: the model has no config.num_classes')
     device = _device_of(model)
     field: Callable = partial(guided_velocity, model, path, y=labels.to(device), sampler=sampler, null_class=classes)
-    if sampler.speed: field = _at_speed(field, sampler.speed)
+    if sampler.speed: field = _at_speed(field, torch.tensor(sampler.speed, device=device))
     return torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision == 'bf16')(field)
 
 # %% ../nbs/09_sampling.ipynb #dbba6d16

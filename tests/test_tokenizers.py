@@ -537,6 +537,7 @@ def test_the_study_behind_the_chapters_in_small(tmp_path, monkeypatch):
     study = json.loads((tmp_path/'out'/'decoder_cifar10.json').read_text())
     assert study['pipelines']['original']['psnr'] > study['pipelines']['original, projected']['psnr'] > 20
 
+
 def test_every_round_of_the_benchmark_does_its_work(monkeypatch):
     "Latents that lie there finished are not encoded again, so a round that meets those of the last would time nothing."
     import spherical_lfm.tools.bench as bench

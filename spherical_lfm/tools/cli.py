@@ -447,9 +447,9 @@ def slfm_analyze(
     found = analyze_study(tok, source, out, name, Analysis(**_chosen(Analysis, options)))
     if not found: return
     _print_geometry([f['row'] for f in found.values()])
-    print(f'{name or tok.name}: {rule_of_thumb(found[name or tok.name]["row"])}')
-    skipped = found[name or tok.name]['protocol']['skipped']
-    print(f'{skipped} images skipped; table, numbers and figure in {out}')
+    ours = found[name or tok.name]
+    print(f'{name or tok.name}: {rule_of_thumb(ours["row"])}')
+    print(f'{ours["protocol"]["skipped"]} images skipped; table, numbers and figure in {out}')
 
 # %% ../../nbs/tools/cli.ipynb #c5b50c78
 def _measured(

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -820,6 +821,23 @@ PREDICTIONS: list[tuple[str, dict]] = [
     ('spherical-slerp', {'project_velocity': False, 'skip': True}),
 ]
 
+def _trained_variants(
+    runs: str | Path, variants: list, seeds: tuple, scale: float, progress: bool
+) -> Iterator[tuple[dict, Path, Preset, dict]]: # row, run folder, preset, reference
+    "Train and score variants with every seed; what is finished in the folder is reused."
+    folder = claim(runs, 'a study of predictions')
+    preset = _shortened(scale)
+    reference = _prepare_digits(preset, folder, progress)
+    for seed, (arm, extra) in product(seeds, variants):
+        row = _digits_row(preset, arm, folder, reference, seed, extra, progress)
+        yield row, _digits_run(folder, arm, extra, seed), preset, reference
+
+def _held_out_profile(run: LoadedRun) -> dict:
+    "The `speed_profile` of a run on the digits that nobody trains on."
+    x, y = digits_images('test')
+    return speed_profile(run, load_tokenizer('digits', spherical=run.path.spherical).encode(x), y)
+
+# %% ../../nbs/tools/studies.ipynb #cb6126e8
 def prediction_study(
     path: str | Path,             # the JSON file to write
     runs: str | Path,             # a folder for the runs; what is finished there is reused
@@ -830,17 +848,9 @@ def prediction_study(
 ) -> dict: # what is written
     "What the network predicts, changed at the `digits` preset; one row per variant and seed, with its `speed_profile`."
     claim_file(path)
-    folder = claim(runs, 'a study of predictions')
-    preset = _shortened(scale)
-    reference = _prepare_digits(preset, folder, progress)
-    x, y = digits_images('test')
-    rows = []
-    for seed in seeds:
-        for arm, extra in PREDICTIONS if variants is None else variants:
-            row = _digits_row(preset, arm, folder, reference, seed, extra, progress)
-            run = load_run(_digits_run(folder, arm, extra, seed))
-            tokenizer = load_tokenizer('digits', spherical=run.path.spherical)
-            rows.append(row | speed_profile(run, tokenizer.encode(x), y))
+    chosen = PREDICTIONS if variants is None else variants
+    rows = [row | _held_out_profile(load_run(out))
+            for row, out, *_ in _trained_variants(runs, chosen, seeds, scale, progress)]
     result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
@@ -852,7 +862,7 @@ def class_spread(
 ) -> dict: # 'within', 'between', 'power'
     """Mean squares per value: of latents around the mean of their class, of these means around theirs, and of all.
 
-    The two parts add up to the third but for the mean of all.
+    With as many of each class, the first two and the square of the mean of all add up to the third.
     """
     means = torch.stack([z[y == k].mean(0) for k in y.unique()])
     within = z - means[y.unique(return_inverse=True)[1]]
@@ -865,28 +875,28 @@ PACES: list[tuple[float, bool, float]] = [
     (0., False, 1.), (.5, False, 1.), (1., False, 1.), (1., True, 1.), (0., False, 1.5)]
 
 @torch.no_grad()
-def _paced_rows(run: LoadedRun, preset: Preset, reference: dict, seed: int) -> Iterator[dict]:
+def _paced_rows(
+    run: LoadedRun, preset: Preset, reference: dict, sampler: Sampler, decoder: Tokenizer
+) -> Iterator[dict]:
     "Metrics and spreads of a run's samples at every pace."
-    x, y = digits_images('test')
-    profile = speed_profile(run, load_tokenizer('digits', spherical=run.path.spherical).encode(x), y)
-    decoder = load_tokenizer(decoder_name(preset, run.record['config']['arm']), spherical=run.path.spherical)
-    labels = class_mixture(digits_images('train')[1], preset.samples)
+    profile, labels = _held_out_profile(run), class_mixture(digits_images('train')[1], preset.samples)
     for strength, own, guidance in PACES:
-        factors = speed_factors(profile, strength, own)
-        sampler = replace(preset.sampler, speed=factors, guidance=guidance, seed=seed)
-        z = sample(run.model, run.path, labels, sampler)
+        paced = replace(sampler, speed=speed_factors(profile, strength, own), guidance=guidance)
+        z = sample(run.model, run.path, labels, paced)
         found = extract_features(decoder.decode(z), preset.extractor, parts=('features', 'logits')) | {'y': labels}
         figures = {k: v for k, v in _metrics(found, reference, preset).items() if k in ('fd', 'kid', 'accuracy')}
         yield {'strength': strength, 'own': own, 'guidance': guidance} | figures | class_spread(z, labels)
 
 # %% ../../nbs/tools/studies.ipynb #6f740c01
 def _paces_of(out: Path, preset: Preset, reference: dict, seed: int) -> list[dict]:
-    "The rows of a finished run, kept beside it."
-    run, store = load_run(out), out/'paces.json'
-    plan = {'weights': run.record['weights'], 'paces': [list(p) for p in PACES], 'samples': preset.samples}
+    "The rows of a finished run, kept beside it for as long as nothing changes that they depend on."
+    run, store, sampler = load_run(out), out/'paces.json', replace(preset.sampler, seed=seed)
+    decoder = load_tokenizer(decoder_name(preset, run.record['config']['arm']), spherical=run.path.spherical)
+    plan = {'weights': run.record['weights'], 'decoder': decoder.identity, 'reference': reference.get('content'),
+            'sampler': sampler.settings, 'paces': [list(p) for p in PACES], 'samples': preset.samples}
     kept = read_json(store, 'paces of a run', 'remove it') if store.exists() else {}
     if kept.get('plan') != plan:
-        kept = {'plan': plan, 'rows': list(_paced_rows(run, preset, reference, seed))}
+        kept = {'plan': plan, 'rows': list(_paced_rows(run, preset, reference, sampler, decoder))}
         write_json(store, kept)
     return kept['rows']
 
@@ -901,15 +911,11 @@ def speed_study(
 ) -> dict: # what is written
     "What the runs of `prediction_study` give at other speeds; one row per variant, seed and pace."
     claim_file(path)
-    folder = claim(runs, 'a study of predictions')
-    preset = _shortened(scale)
-    reference = _prepare_digits(preset, folder, progress)
+    chosen = [v for v in PREDICTIONS if v[1].keys() <= {'prediction'}] if variants is None else variants
     rows = []
-    for seed in seeds:
-        for arm, extra in tqdm(PREDICTIONS[:2*len(ARMS)] if variants is None else variants, disable=not progress):
-            _digits_row(preset, arm, folder, reference, seed, extra, progress)
-            found = _paces_of(_digits_run(folder, arm, extra, seed), preset, reference, seed)
-            rows += [{'arm': arm, 'seed': seed, **extra} | row for row in found]
+    for row, out, preset, reference in _trained_variants(runs, chosen, seeds, scale, progress):
+        variant = {k: row[k] for k in ('arm', 'seed', 'prediction', 'skip', 'project_velocity') if k in row}
+        rows += [variant | found for found in _paces_of(out, preset, reference, row['seed'])]
     x, y = digits_images('train')
     data = {name: class_spread(load_tokenizer('digits', spherical=name == 'spherical').encode(x), y)
             for name in ('vanilla', 'spherical')}
