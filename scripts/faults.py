@@ -544,7 +544,7 @@ EXPERIMENTS = faults(
      'hours are not lost', 'reference::test_what_would_fail_late_is_refused_before_an_image_is_encoded[change0-lr must be]'),
     ('a file of statistics is not looked at', '    if preset.reference:\n', '    if False:\n',
      'a reference of ADM', 'reference::test_a_preset_takes_its_reference_from_a_file'),
-    ('bf16 is emulated', "return PRESETS[str(name)] if _native_bf16() else", 'return PRESETS[str(name)] if True else',
+    ('bf16 is emulated', "return PRESETS[str(name)] if native else", 'return PRESETS[str(name)] if True else',
      'float32 where bf16 is slow', 'reference::test_bf16_only_where_it_is_native[False]'),
     ('latents of a preset are float32', "Encoding(preset.train.get('flip', True), preset.dtype, ",
      "Encoding(preset.train.get('flip', True), 'float32', ",

@@ -133,7 +133,8 @@ def _in_float32(preset: Preset) -> Preset:
                    sampler=replace(preset.sampler, precision='float32'))
 
 def get_preset(
-    name: str | Path # a key of `PRESETS`, or a .yaml file such as `compare` leaves
+    name: str | Path,        # a key of `PRESETS`, or a .yaml file such as `compare` leaves
+    bf16: bool | None = None # whether bf16 is native where it will run; None asks the machine at hand
 ) -> Preset:
     """Preset by name, in float32 where bf16 is not native; or as a file has it.
 
@@ -141,7 +142,8 @@ def get_preset(
     """
     if Path(name).suffix in ('.yaml', '.yml'): return read_preset(name)
     if name not in PRESETS: raise ValueError(f'unknown preset {name!r}: choose one of {", ".join(PRESETS)}')
-    return PRESETS[str(name)] if _native_bf16() else _in_float32(PRESETS[str(name)])
+    native = _native_bf16() if bf16 is None else bf16
+    return PRESETS[str(name)] if native else _in_float32(PRESETS[str(name)])
 
 # %% ../nbs/12_experiments.ipynb #1d8744ec
 def save_preset(

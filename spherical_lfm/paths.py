@@ -27,18 +27,25 @@ class FlatSpace:
     def step(self,
         z: Tensor, # positions
         v: Tensor, # velocities
-        dt: float  # time step
+        dt: float | Tensor # time step: a number, or a tensor that fits `z`
     ) -> Tensor: # next positions
         "A straight step z + dt v."
         return z + dt*v
+
+    def log(self,
+        z: Tensor, # positions
+        w: Tensor  # where to go, same shape
+    ) -> Tensor: # velocities
+        "The velocity whose step of length 1 leads from `z` to `w`."
+        return w - z
 
     def toward(self,
         z: Tensor,                 # positions
         x: Tensor,                 # where to go, same shape
         remaining: float | Tensor  # time to get there: a number, or a tensor that fits `z`
     ) -> Tensor: # velocities
-        "The velocity of a straight walk, (x - z)/remaining."
-        return (x - z)/remaining
+        "The velocity of a walk at constant pace, log_z(x)/remaining."
+        return self.log(z, x)/remaining
 
     def transport(self,
         z: Tensor, # where `v` lives
@@ -189,7 +196,7 @@ class SlerpPath(FlowPath):
     def step(self,
         z: Tensor, # positions
         v: Tensor, # velocities, projected to the tangent space first
-        dt: float  # time step
+        dt: float | Tensor # time step: a number, or a tensor that fits `z`
     ) -> Tensor: # next positions, of the same token norms
         """exp_z(dt Pi_z(v)), or P(z + dt v) without `exponential`.
 
@@ -198,9 +205,9 @@ class SlerpPath(FlowPath):
         moved = sphere.exp_map(z, dt*sphere.tangent(z, v)) if self.exponential else z + dt*v
         return sphere.project(moved, 1.)*sphere.token_norm(z, keepdim=True)
 
-    def toward(self, z: Tensor, x: Tensor, remaining: float | Tensor) -> Tensor:
-        "log_z(x)/remaining."
-        return sphere.log_map(z, x)/remaining
+    def log(self, z: Tensor, w: Tensor) -> Tensor:
+        "The logarithm log_z(w), the inverse of a step by the exponential map."
+        return sphere.log_map(z, w)
 
     def _data(self, z: Tensor, out: Tensor) -> Tensor: return sphere.project(z + out)
 

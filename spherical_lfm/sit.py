@@ -153,7 +153,8 @@ def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: 
 # %% ../nbs/07_sit.ipynb #55d8be02
 class SiT(ModelMixin, ConfigMixin):
     "Scalable interpolant transformer: (z [B, c, s, s], t [B], y [B]) to a velocity of the shape of z."
-    alpha: nn.Parameter | None #: of `skip`
+    alpha: nn.Parameter | None           #: of `skip`
+    span_embedder: 'TimeEmbedder | None' #: of `flow_map`
     _supports_gradient_checkpointing = True
     _no_split_modules = ['SiTBlock']
     _keep_in_fp32_modules = None # every layer may be cast
@@ -170,7 +171,8 @@ class SiT(ModelMixin, ConfigMixin):
         num_classes: int = 1000,     # classes, without the null class
         learn_sigma: bool = False,   # emit, and discard, a second half of channels like the published checkpoints
         reverse_time: bool = False,  # weights were trained with time running from data to noise
-        skip: bool = False           # add α(t) z to the output, α a learned function of time that starts at 0
+        skip: bool = False,          # add α(t) z to the output, α a learned function of time that starts at 0
+        flow_map: bool = False       # take a second time, where a step ends: the output is the mean velocity until then
     ):
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads)
@@ -183,6 +185,7 @@ class SiT(ModelMixin, ConfigMixin):
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels*(2 if learn_sigma else 1))
         self.register_parameter('alpha', nn.Parameter(torch.zeros(hidden_size)) if skip else None)
         self._initialise()
+        self.span_embedder = _silent_embedder(hidden_size) if flow_map else None # last: other weights stay the same
 
     @classmethod
     def from_name(cls,
@@ -212,21 +215,38 @@ class SiT(ModelMixin, ConfigMixin):
 def forward(self: SiT,
     z: Tensor, # latents [B, c, s, s], cast to the dtype of the weights
     t: Tensor, # times [B], 0 = noise, 1 = data
-    y: Tensor  # classes [B]; `num_classes` is the null class
+    y: Tensor, # classes [B]; `num_classes` is the null class
+    end: Tensor | None = None # times [B] from `t` to 1, for the mean velocity until then; None is `t` itself
 ) -> Tensor: # velocity, shape of `z`
-    "Predict the velocity. Raises `ValueError` for latents of another shape."
+    "Predict the velocity. Raises `ValueError` for latents of another shape, and for an end without `flow_map`."
     c, n = self.config, self.config.input_size
     if z.shape[1:] != (c.in_channels, n, n):
         raise ValueError(f'this model takes latents [B, {c.in_channels}, {n}, {n}], got {tuple(z.shape)}')
     z = z.to(self.pos_embed.dtype)
     x, when = self.x_embedder(z) + self.pos_embed, self.t_embedder(1 - t if c.reverse_time else t)
-    cond = when + self.y_embedder(y)
+    cond = when + self.y_embedder(y) + self._span(t, end)
     recompute = self.gradient_checkpointing and torch.is_grad_enabled()
     for block in self.blocks:
         x = self._gradient_checkpointing_func(block, x, cond) if recompute else block(x, cond)
     x = unpatchify(self.final_layer(x, cond), c.patch_size, n//c.patch_size)[:, :c.in_channels]
     if self.alpha is not None: x = x + (nn.functional.silu(when) @ self.alpha).view(-1, 1, 1, 1)*z
     return -x if c.reverse_time else x
+
+# %% ../nbs/07_sit.ipynb #8a739bca
+def _silent_embedder(width: int) -> TimeEmbedder:
+    "A `TimeEmbedder` whose output is 0 until it is trained."
+    embedder = TimeEmbedder(width)
+    for name, p in embedder.named_parameters():
+        if name == 'mlp.0.weight': nn.init.normal_(p, std=.02)
+        else: nn.init.zeros_(p)
+    return embedder
+
+@patch
+def _span(self: SiT, t: Tensor, end: Tensor | None) -> Tensor | float:
+    "Embedding of the way from `t` to `end`; 0 for a network that knows one time only."
+    if self.span_embedder is not None: return self.span_embedder(torch.zeros_like(t) if end is None else end - t)
+    if end is None: return 0.
+    raise ValueError('this network has no flow map: train one with --flow_map, or leave `end` out')
 
 # %% ../nbs/07_sit.ipynb #7300ff25
 @patch
@@ -292,6 +312,7 @@ def _architecture(state: dict, num_heads: int | None = None) -> dict:
         'num_classes': classes,
         'learn_sigma': out == 2*channels,
         'skip': 'alpha' in state,
+        'flow_map': 'span_embedder.mlp.0.weight' in state,
     }
 
 # %% ../nbs/07_sit.ipynb #1d07fe19

@@ -310,7 +310,7 @@ SAMPLERS = {
 def test_samples_are_made_on_the_gpu(machine, arm, name):
     "Every solver and every way of guidance, two batches; only the adaptive method asks the GPU how it goes."
     sampler = SAMPLERS[name]
-    def work(put): return sample(put(network()), ARMS[arm], Y, sampler, batch_size=2)
+    def work(put): return sample(put(network(flow_map=name == 'flow_map')), ARMS[arm], Y, sampler, batch_size=2)
     here, there = both(machine, work)
     compare(here, there, exact=False) if name != 'bf16' else torch.testing.assert_close(there.held, here, rtol=.05, atol=.05)
     allowed = {'sampling.sample': 2, 'sampling.velocity_field': 3*(1 + (name == 'speed'))} # noise of a batch, labels of a batch and of all; factors go with labels, not with steps

@@ -208,7 +208,7 @@ def test_every_tokenizer_has_an_architecture(tmp_path):
 
 def test_a_plan_of_the_paper():
     "Figures that can be had on paper: 1,281,167 images twice, 41 checkpoints of two arms, three forward passes of 400,365 steps."
-    found = plan.plan_comparison(get_preset('flux2-xl2'), *plan.known_data('flux2-xl2')[:1])
+    found = plan.plan_comparison(get_preset('flux2-xl2', bf16=True), *plan.known_data('flux2-xl2')[:1])
     net = plan.network_costs(get_preset('flux2-xl2')).net
     parameters = sum(p.numel() for p in net.parameters())
     assert found.disk['latents'] == 1_281_167*2*32**3*2
@@ -269,3 +269,16 @@ def test_the_command_plans_and_touches_nothing(monkeypatch, tmp_path, capsys):
 def test_a_report_looks_at_so_many_tokens(name, size, images):
     "A quarter of a million, held in float64: 64 MiB with 32 channels, whatever the size of the images."
     assert experiments._images_looked_at(plan.bare_tokenizer(name), size) == images
+
+
+def test_the_plan_for_other_gpus_does_not_depend_on_this_machine(monkeypatch, capsys):
+    "Where bf16 is emulated this machine plans float32, and eight H100 bf16 as ever."
+    columns = {}
+    for native in (True, False):
+        monkeypatch.setattr(experiments, '_native_bf16', lambda native=native: native)
+        cli.slfm_compare(['flux2-b2', '--plan'])
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith('training'))
+        columns[native] = line.split()[3] # hours of eight H100
+    assert columns[True] == columns[False]
+    precisions = [get_preset('flux2-b2', bf16=native).train['precision'] for native in (True, False)]
+    assert precisions == ['bf16', 'float32']

@@ -51,6 +51,7 @@ class Stream(IntEnum):
     SAMPLES = 3      #: noise of one sample
     IMAGE_FLIPS = 4  #: mirrored images of a finetuning step
     LATENT_FLIPS = 5 #: mirrored latents of a training step
+    STEPS = 6        #: steps of a flow map in training
 
 # %% ../../nbs/engine/runs.ipynb #2db5a746
 class DataOrder:

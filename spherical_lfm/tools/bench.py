@@ -229,7 +229,7 @@ def bench_sample(
 ) -> dict: # solver -> time per network evaluation over that of the bare network
     "What solvers cost outside the network, on the sphere."
     device = default_device()
-    net = SiT.from_name(model, input_size=side, in_channels=32, num_classes=10).to(device).eval()
+    net = SiT.from_name(model, input_size=side, in_channels=32, num_classes=10, flow_map=True).to(device).eval()
     y = torch.arange(batch_size, device=device) % 10
     z, t = SlerpPath().prior((batch_size, 32, side, side)).to(device), torch.full((batch_size,), .5, device=device)
     def solve(method):

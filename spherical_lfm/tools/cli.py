@@ -319,14 +319,14 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
         raise ValueError(f'{name} must be numbers separated by commas, got {text!r}: give them as 1,1.5') from e
 
 # %% ../../nbs/tools/cli.ipynb #495f777b
-def _print_plan(preset: Preset, name: str, count: int, arms: tuple, out: str, curve: bool):
-    "What a comparison needs on this machine and on eight H100."
+def _print_plan(wanted: Callable[..., Preset], name: str, count: int, arms: tuple, out: str, curve: bool):
+    "What a comparison needs on this machine and on eight H100, each in the precision that is native to it."
     if name not in PRESETS and not count:
         raise ValueError(f'how many images {name} is for is not known: give --count as well')
     if not processes().is_main_process: return
     images, classes = known_data(name)
-    machines = this_machine(out), H100
-    print(plan_table([plan_comparison(preset, count or images, arms, m, curve, classes) for m in machines]))
+    places = (this_machine(out), wanted()), (H100, wanted(bf16=True))
+    print(plan_table([plan_comparison(p, count or images, arms, m, curve, classes) for m, p in places]))
 
 # %% ../../nbs/tools/cli.ipynb #b4abe6d0
 @command
@@ -349,12 +349,13 @@ def slfm_compare(
     Writes preset.yaml, report.json, table.csv and report.html; also under `accelerate launch`. A plan opens neither
     images nor weights, and writes nothing.
     """
-    chosen = _Changes(**_chosen(_Changes, options)).of(get_preset(preset), _chosen(TrainConfig, options))
-    wanted = _arms(arms)
-    if plan: return _print_plan(chosen, preset, count, wanted, out, not no_curve)
+    def wanted(bf16: bool | None = None) -> Preset:
+        return _Changes(**_chosen(_Changes, options)).of(get_preset(preset, bf16), _chosen(TrainConfig, options))
+    chosen, trained = wanted(), _arms(arms)
+    if plan: return _print_plan(wanted, preset, count, trained, out, not no_curve)
     if count: raise ValueError('count belongs to a plan: give --plan as well, or leave it out')
     source = _images(images, chosen.image_size, **_chosen(_images, options))
-    report = compare(chosen, wanted, out, source, seed, not no_curve)
+    report = compare(chosen, trained, out, source, seed, not no_curve)
     if report: _print_report(report, out)
 
 # %% ../../nbs/tools/cli.ipynb #03c22e59

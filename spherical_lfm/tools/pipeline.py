@@ -49,14 +49,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(self,
         arm: str = 'spherical-slerp',  # a key of `ARMS`
-        method: str = 'euler',         # 'euler', 'adams2' or 'adams3'
+        method: str = 'euler',         # 'euler', 'adams2' or 'adams3'; 'flow_map' for a model that has one
         shift: float = 1.,             # `shift_time` of the steps
         project_velocity: bool = True, # as the model was trained
         prediction: str = 'velocity'   # what the model gives: 'velocity' or 'data'
     ):
         if method not in METHODS or METHODS[method].evaluations != 1:
-            raise ValueError('a scheduler takes one evaluation per step: method must be euler, adams2 or adams3, '
-                             f'got {method!r}')
+            raise ValueError('a scheduler takes one evaluation per step: method must be euler, adams2, adams3 or '
+                             f'flow_map, got {method!r}')
         # diffusers notes arguments given by position as defaults, and `from_config` would forget them
         self.register_to_config(_use_default_values=[])
         self.path = arm_path(arm, project_velocity, prediction=prediction)
@@ -133,8 +133,8 @@ def step(self: FlowScheduler,
     sample, v, _ = lift(sample, model_output)
     if not velocity: v = self.path.velocity(sample, sample.new_full((len(sample),), t), v)
     v, method = self.path.tangent(sample, v), _method_of_step(self.config.method, self.path, ahead)
-    if self._past or method is METHODS['euler']:
-        z = method.step(lambda *_: v, self.path, sample, t, ahead - t, self._past)
+    if self._past or method in (METHODS['euler'], METHODS['flow_map']):
+        z = method.step(lambda *_, **__: v, self.path, sample, t, ahead - t, self._past)
     else:
         self._past = [(t, sample, v)]
         z = self.path.step(sample, v, ahead - t)
@@ -170,7 +170,8 @@ class SphericalSiTPipeline(DiffusionPipeline):
         "Pipeline of a trained run."
         model, path, record = load_run(run, step)
         tok = tokenizer_for(record, tokenizer)
-        scheduler = FlowScheduler(**_path_settings(record['config']))
+        method = 'flow_map' if model.config.flow_map else 'euler'
+        scheduler = FlowScheduler(method=method, **_path_settings(record['config']))
         return cls(model, scheduler, tok.autoencoder, tok.transform.config)
 
 # %% ../../nbs/tools/pipeline.ipynb #c16338ff
@@ -258,7 +259,7 @@ def _after(callback: Callable, place: tuple, names: Sequence[str], z: Tensor) ->
 def __call__(self: SphericalSiTPipeline,
     class_labels: int | list[int] | Tensor,   # classes
     guidance_scale: float = 1.,               # w; 1 is none
-    num_inference_steps: int = 50,            # solver steps
+    num_inference_steps: int | None = None,   # solver steps; None is 50, or 4 for a flow map
     generator: torch.Generator | list[torch.Generator] | None = None, # of the noise; one for all, or one per image
     guidance_interval: tuple = (0., 1.),      # times in which guidance applies
     negative_class: int | None = None,        # class to lead away from; None means the null class
@@ -279,17 +280,21 @@ def __call__(self: SphericalSiTPipeline,
     net, path, device = self.transformer, self.scheduler.path, self._execution_device
     y = torch.as_tensor(class_labels).reshape(-1).repeat_interleave(num_images_per_label)
     check_classes(y, net.config.num_classes, negative_class)
-    self.scheduler.set_timesteps(num_inference_steps)
     method, shift = self.scheduler.config.method, self.scheduler.config.shift
-    sampler = Sampler(num_inference_steps, method, guidance_scale, guidance_interval, negative_class, shift)
+    mapped = method == 'flow_map'
+    steps = num_inference_steps if num_inference_steps is not None else 4 if mapped else 50
+    self.scheduler.set_timesteps(steps)
+    sampler = Sampler(steps, method, guidance_scale, guidance_interval, negative_class, shift)
     field = partial(guided_velocity, net, path, y=y.to(device), sampler=sampler, null_class=net.config.num_classes)
     decoder, shape = self._decoder(), (len(y), *latent_shape(net))
     z = _draw(path, shape, generator, device) if latents is None else _given(path, shape, latents, device)
-    self._interrupt, self.num_timesteps = False, num_inference_steps
+    self._interrupt, self.num_timesteps = False, steps
     # the field takes times as `sample` does, before they are rounded to float32
-    for k, (t, exact) in enumerate(self.progress_bar([*zip(self.scheduler.timesteps, sampler.times)])):
+    walked = zip(self.scheduler.timesteps, sampler.times, sampler.times[1:])
+    for k, (t, exact, end) in enumerate(self.progress_bar([*walked])):
         if self._interrupt: continue
-        z = self.scheduler.step(field(z, exact), t, z, velocity=True).prev_sample
+        v = field(z, exact, end=end if mapped else None)
+        z = self.scheduler.step(v, t, z, velocity=True).prev_sample
         if callback_on_step_end: z = _after(callback_on_step_end, (self, k, t), names, z)
     images = self._decoded(decoder, z, output_type)
     self.maybe_free_model_hooks()

@@ -186,10 +186,10 @@ def evaluations(
     """
     if sampler.method == 'adaptive':
         raise ValueError('an adaptive sampler takes as many steps as a sample needs: choose a method of fixed steps')
-    begin, end = sampler.interval
+    first, last = sampler.interval
     asked = []
-    def field(z: Tensor, t: float) -> Tensor:
-        asked.append(1 + (sampler.guidance != 1. and begin <= t <= end))
+    def field(z: Tensor, t: float, end: float | None = None) -> Tensor:
+        asked.append(1 + (sampler.guidance != 1. and first <= t <= last))
         return z
     path = LinearPath().predicting(prediction)
     for _ in trajectory(field, path, torch.zeros(1, 1, 1, 1), sampler.times, sampler.method):
@@ -347,7 +347,7 @@ def _hours(
     samples = arms*sum(n for n, _ in scorings)
     steps = arms*sum(n*evaluations(sampler, config.prediction) for n, sampler in scorings)
     images = count*(1 + _encoding(preset).flip)
-    passes = 4 if config.checkpointing else 3
+    passes = config.passes + config.checkpointing
     real = 0 if preset.reference else min(preset.reference_count or count, count)
     return {
         'encoding': machine.hours(images*costs.encode, precision),
