@@ -43,7 +43,7 @@ notebooks: setup ## execute all notebooks and store their outputs
 	$(BIN)/python scripts/run_notebooks.py
 	$(BIN)/nbdev_clean
 
-data: setup ## retrain everything in data/ (about two hours on two cores)
+data: setup ## retrain everything in data/ (about five hours on two cores)
 	$(BIN)/python scripts/make_data.py
 
 clean: ## remove what can be made again

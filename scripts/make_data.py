@@ -1,6 +1,6 @@
 """Train what lies in `data/`: the digits tokenizer, the digit features, the finetuned decoders, and the stored results.
 
-    python scripts/make_data.py                     everything, about two hours on two CPU cores
+    python scripts/make_data.py                     everything, about five hours on two CPU cores
     python scripts/make_data.py --stages tokenizer  one stage
     python scripts/make_data.py --out DIR --scale 0.01   a tiny rehearsal elsewhere
 """
@@ -59,6 +59,13 @@ def speed(out: Path, scale: float):
     speed_study(out/'results'/'digits_speed.json', out.parent/'runs'/'prediction', scale=scale, **few)
 
 
+def few_steps(out: Path, scale: float):
+    "Flow maps against solvers, on the digits; runs stay in `runs/few-steps` beside the folder."
+    from spherical_lfm.tools.studies import few_steps_study
+    few = {} if scale == 1 else dict(seeds=(0,), arms=('spherical-slerp',), ways=('velocity', 'started-map'), budgets=(1,)) # a rehearsal
+    few_steps_study(out/'results'/'digits_few_steps.json', out.parent/'runs'/'few-steps', scale=scale, **few)
+
+
 def solvers(out: Path, scale: float):
     "Fréchet distance against evaluations of the network for every solver."
     from spherical_lfm.tools.studies import solver_study
@@ -72,7 +79,7 @@ def evolution(out: Path, scale: float):
     evolution_study(out/'results'/'digits_evolution.png', scale=scale)
 
 
-STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, prediction, speed, solvers, evolution)}
+STAGES = {f.__name__: f for f in (tokenizer, features, decoders, results, prediction, speed, few_steps, solvers, evolution)}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -929,9 +929,9 @@ def speed_study(
 #: How `few_steps_study` trains: settings beside the preset's, and whether a run starts from an ordinary one.
 FEW_STEPS: dict[str, tuple[dict, bool]] = {
     'velocity': ({}, False),
-    'flow map': ({'flow_map': 2}, False),
-    'flow map, started': ({'flow_map': 2}, True),
-    'flow map, started, guided': ({'flow_map': 2, 'guidance': 1.5}, True),
+    'map': ({'flow_map': 2}, False),
+    'started-map': ({'flow_map': 2}, True),
+    'started-guided-map': ({'flow_map': 2, 'guidance': 1.5}, True),
 }
 
 def _few_steps_run(preset: Preset, arm: str, way: str, seed: int, folder: Path, progress: bool) -> Path:
@@ -948,21 +948,28 @@ def _few_steps_run(preset: Preset, arm: str, way: str, seed: int, folder: Path, 
     return train(_digits_run(folder, arm, {'way': way}, seed), 3, start=str(half), **extra)
 
 # %% ../../nbs/tools/studies.ipynb #8a2b5f3d
-def _few_steps_samplers(way: str) -> list[Sampler]:
-    "How runs of a way are sampled: with 1, 2, 4 and 8 evaluations, and with many."
-    few = (1, 2, 4, 8)
-    if way != 'velocity': return [*(Sampler(n, 'flow_map') for n in few), Sampler(50)]
-    guided = [Sampler(n, guidance=1.5) for n in (2, 4, 50)]
-    return [*(Sampler(n) for n in (*few, 50)), *(Sampler(n, 'heun') for n in (1, 2, 4)),
-            *(Sampler(n, 'adams2') for n in (1, 3, 7)), *guided]
+def _few_steps_samplers(way: str, budgets: tuple) -> Iterator[Sampler]:
+    "How runs of a way are sampled: with few evaluations, and with many."
+    if way != 'velocity': yield from (Sampler(n, 'flow_map') for n in budgets)
+    yield Sampler(50)
+    if way != 'velocity': return
+    yield Sampler(50, guidance=1.5)
+    for n in budgets:
+        yield Sampler(n)
+        if n < 2: continue
+        yield Sampler(n//2, 'heun')
+        yield Sampler(n - 1, 'adams2') # it begins with a step of Heun
+        yield Sampler(n//2, guidance=1.5)
 
-def _few_steps_rows(run: Path, way: str, preset: Preset, reference: dict, seed: int) -> Iterator[dict]:
+def _few_steps_rows(
+    run: Path, way: str, preset: Preset, reference: dict, seed: int, budgets: tuple
+) -> Iterator[dict]:
     "Metrics of a run with every sampler, and how far its ends are from those of a hundred steps."
     loaded, labels = load_run(run), class_mixture(digits_images('train')[1], preset.samples)
     some, quick = labels[::max(1, len(labels)//200)], replace(preset, metrics=('fid', 'kid'))
     def ends(sampler: Sampler) -> Tensor: return sample(loaded.model, loaded.path, some, replace(sampler, seed=seed))
     exact = {w: ends(Sampler(100, guidance=w)) for w in (1., 1.5)}
-    for sampler in _few_steps_samplers(way):
+    for sampler in _few_steps_samplers(way, budgets):
         found = score(run, loaded, quick, reference, labels, replace(sampler, seed=seed))
         apart = (ends(sampler) - exact[sampler.guidance]).square().mean().item()
         yield {'way': way, 'method': sampler.method, 'guidance': sampler.guidance, 'steps': sampler.steps,
@@ -970,7 +977,7 @@ def _few_steps_rows(run: Path, way: str, preset: Preset, reference: dict, seed: 
 
 # %% ../../nbs/tools/studies.ipynb #02beb125
 #: Rows of the picture of `few_steps_study`: a way of training, a method, and its steps.
-_SHOWN = [*(('velocity', 'euler', n) for n in (1, 2, 4, 50)), *(('flow map, started', 'flow_map', n) for n in (1, 2, 4))]
+_SHOWN = [*(('velocity', 'euler', n) for n in (1, 2, 4, 50)), *(('started-map', 'flow_map', n) for n in (1, 2, 4))]
 
 def _save_few_steps(runs: dict[str, Path], preset: Preset, file: Path):
     "Ten digits of the same noise, a row per method and number of steps."
@@ -984,23 +991,26 @@ def _save_few_steps(runs: dict[str, Path], preset: Preset, file: Path):
 
 # %% ../../nbs/tools/studies.ipynb #2d637e88
 def few_steps_study(
-    path: str | Path,         # the JSON file to write; the picture lies beside it
-    runs: str | Path,         # a folder for the runs; what is finished there is reused
-    seeds: tuple = (0, 1),    # seeds of training and sampling
-    scale: float = 1.,        # fraction of the full number of steps and samples
-    ways: tuple | None = None,# of `FEW_STEPS`; None takes all
-    progress: bool = True     # show progress bars
+    path: str | Path,               # the JSON file to write; the picture lies beside it
+    runs: str | Path,               # a folder for the runs; what is finished there is reused
+    seeds: tuple = (0, 1),          # seeds of training and sampling
+    scale: float = 1.,              # fraction of the full number of steps and samples
+    arms: tuple = ('spherical-slerp', 'vanilla-linear'), # which arms
+    ways: tuple = tuple(FEW_STEPS), # which of the ways of training
+    budgets: tuple = (1, 2, 4, 8),  # evaluations of the network per sample
+    progress: bool = True           # show progress bars
 ) -> dict: # what is written
     "Flow maps against solvers of ordinary models, trained with as much arithmetic, on the digits."
     picture = claim_file(Path(path).with_suffix('.png'))
     claim_file(path)
     folder, preset, rows = claim(runs, 'a study of few steps'), _shortened(scale), []
     reference = _prepare_digits(preset, folder, progress)
-    for seed, arm in product(seeds, ('spherical-slerp', 'vanilla-linear')):
-        found = {way: _few_steps_run(preset, arm, way, seed, folder, progress) for way in ways or FEW_STEPS}
+    for seed, arm in product(seeds, arms):
+        found = {way: _few_steps_run(preset, arm, way, seed, folder, progress) for way in ways}
         for way, run in found.items():
-            rows += [{'arm': arm, 'seed': seed} | row for row in _few_steps_rows(run, way, preset, reference, seed)]
-        if picture and seed == seeds[0] and arm == 'spherical-slerp' and {w for w, *_ in _SHOWN} <= found.keys():
+            measured = _few_steps_rows(run, way, preset, reference, seed, budgets)
+            rows += [{'arm': arm, 'seed': seed} | row for row in measured]
+        if seed == seeds[0] and arm == 'spherical-slerp' and {w for w, *_ in _SHOWN} <= found.keys():
             _save_few_steps(found, preset, picture)
     result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
