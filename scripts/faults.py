@@ -256,6 +256,8 @@ DECODER = faults(
 
 SIT = faults(
     'sit',
+    ('a second time speaks from the first step', "if name == 'mlp.0.weight': nn.init.normal_(p, std=.02)", "if p.ndim == 2: nn.init.normal_(p, std=.02)",
+     'any trained run is a valid start', 'exact_flow_map::test_a_run_starts_where_another_one_ended'),
     ('the skip forgets the time', '(nn.functional.silu(when) @ self.alpha)', '(nn.functional.silu(0*when + 1) @ self.alpha)',
      'α is a function of time', 'exact_prediction::test_the_skip_adds_a_multiple_of_the_position'),
     ('latents are not cast to the dtype of the weights', 'z.to(self.pos_embed.dtype)', 'z',
@@ -288,7 +290,16 @@ SIT = faults(
 
 TRAINING = faults(
     'training',
-    ('training forgets the skip', ', num_classes=classes, skip=config.skip)', ', num_classes=classes)',
+    ('a run starts afresh', '        if config.start: net = _started(net, config.start)\n', '',
+     'a run starts where another one ended', 'exact_flow_map::test_a_run_starts_where_another_one_ended'),
+    ('a flow map is its own teacher', 'with swapped_weights(self.weights, self.ema):\n        if self.sharded',
+     'with swapped_weights(self.weights, self.weights):\n        if self.sharded',
+     'averaged weights teach', 'exact_flow_map::test_a_step_is_the_one_written_by_hand[settings0]'),
+    ('gathered weights are of others', '        if self.sharded: self.net.reshard() # what was gathered are other weights\n', '',
+     'sharded flow maps train as one process does', 'training::test_two_processes_train_as_one_does[fsdp-map-one-map]'),
+    ('the network is not told where a step ends', 'model(z_t, t, y, lesson.end)', 'model(z_t, t, y, t)',
+     'steps are learned', 'exact_flow_map::test_the_loss_compares_with_the_lesson'),
+    ('training forgets the skip', ', num_classes=classes, skip=config.skip,', ', num_classes=classes,',
      'the skip of a run', 'exact_prediction::test_a_run_remembers_what_it_predicts'),
     ('late errors of data weigh too much', 'return loss*left, power*left', 'return loss, power',
      'the weight of late times', 'exact_prediction::test_loss_by_hand_and_none_for_whoever_knows_the_data'),
@@ -340,8 +351,8 @@ TRAINING = faults(
      'accumulation changes nothing', 'exact_training::test_training_steps_are_those_written_by_hand'),
     ('gradients pile up', '    self.optimizer.zero_grad()\n', '',
      'one gradient a step', 'exact_training::test_training_steps_are_those_written_by_hand'),
-    ('bf16 trains in float32', "torch.bfloat16, enabled=c.precision == 'bf16')",
-     'torch.bfloat16, enabled=False)',
+    ('bf16 trains in float32', "torch.bfloat16, enabled=c.precision == 'bf16'):\n                loss",
+     'torch.bfloat16, enabled=False):\n                loss',
      'the precision that was asked for',
      'exact_training::test_bf16_is_bf16_where_the_network_works_and_float32_around_it'),
     ('checkpointing is ignored', 'if config.checkpointing: net', 'if False: net',
@@ -397,14 +408,18 @@ TRAINING = faults(
 
 SAMPLING = faults(
     'sampling',
+    ('a flow map is asked for the instant', 'field(z, t, end=t + dt)', 'field(z, t, end=t)',
+     'steps of a flow map', 'exact_flow_map::test_few_steps_land_where_the_map_says[2]'),
+    ('a network without a flow map is asked for one', "if sampler.method == 'flow_map' and not getattr(", "if False and not getattr(",
+     'a network without a map is refused', 'exact_flow_map::test_a_network_without_a_map_and_a_speed_are_refused'),
     ('factors of speed are ignored', '    if sampler.speed: field = _at_speed(field, torch.tensor(sampler.speed, device=device))\n', '',
      'a sampler with another speed', 'exact_prediction::test_a_sampler_with_another_speed[spherical-slerp-velocity]'),
     ('factors jump at the end of their span', 'torch.lerp(known[low], known[low + 1], place - low)', 'known[low]',
      'factors go over into each other', 'exact_prediction::test_a_sampler_with_another_speed[spherical-slerp-velocity]'),
     ('the last step asks where no time is left', "'euler' if path.prediction == 'data' and ahead >= 1 else method", 'method',
      'sampling with predicted data', 'exact_prediction::test_order_of_convergence'),
-    ('guidance mixes data points', '(path.velocity(z, times, out) for out in _with_and_without(model, z, times, y, from_class))',
-     '_with_and_without(model, z, times, y, from_class)',
+    ('guidance mixes data points', '(path.velocity(z, times, out) for out in _with_and_without(model, from_class, *asked))',
+     '_with_and_without(model, from_class, *asked)',
      'guidance by velocities', 'exact_prediction::test_guidance_leads_away_by_velocities'),
     ('guidance interpolates from the class', 'without + w*(with_class - without)',
      'with_class + w*(with_class - without)',
@@ -412,12 +427,12 @@ SAMPLING = faults(
     ('guided velocities are not projected', 'return path.tangent(z, without + w*(with_class - without))',
      'return without + w*(with_class - without)',
      'velocities are tangential', 'exact_sampling::test_guided_velocity_on_a_table'),
-    ('plain velocities are not projected', 'return path.tangent(z, path.velocity(z, times, model(z, times, y).float()))',
-     'return path.velocity(z, times, model(z, times, y).float())',
+    ('plain velocities are not projected', 'return path.tangent(z, path.velocity(z, times, model(*asked).float()))',
+     'return path.velocity(z, times, model(*asked).float())',
      'velocities are tangential', 'exact_sampling::test_guided_velocity_on_a_table'),
-    ('the interval is ignored', 'own is None and not begin <= t <= end', 'False',
+    ('the interval is ignored', 'own is None and not first <= t <= last', 'False',
      'guidance only in its interval', 'exact_sampling::test_guidance_only_within_its_interval'),
-    ('the interval of single samples is ignored', '(times >= begin) & (times <= end)', 'times >= 0',
+    ('the interval of single samples is ignored', '(times >= first) & (times <= last)', 'times >= 0',
      'guidance only in its interval', 'exact_sampling::test_samples_at_different_times_are_guided_each_by_its_own'),
     ('the negative class is ignored', 'from_class = null_class if sampler.negative is None else sampler.negative',
      'from_class = null_class',
@@ -633,6 +648,28 @@ PREDICTION = faults(
      'factors bring the predicted speed to the true one', 'exact_prediction::test_factors_of_speed'),
     ('errors are not looked at', 'math.sqrt(max(0., 1 - e))', '1.',
      'the speed that errors allow', 'exact_prediction::test_factors_of_speed'),
+)
+
+FLOW_MAP = faults(
+    'flow_map',
+    ('a walk of the wrong length', 'return path.step(z, u, (end - t).view(-1, 1, 1, 1))', 'return path.step(z, u, end.view(-1, 1, 1, 1))',
+     'X_{t,end}', 'exact_flow_map::test_two_steps_of_a_flow_map_are_one[vanilla-linear]'),
+    ('the second walk begins with the first', 'walk(model, path, walk(model, path, z, t, middle, y), middle, end, y)',
+     'walk(model, path, z, middle, end, y)',
+     'the semigroup property', 'exact_flow_map::test_two_steps_of_a_flow_map_are_one[spherical-slerp]'),
+    ('walks begin anywhere', 'times[learners] = place*(1 - length)', 'times[learners] = place',
+     'no step goes beyond the data', 'exact_flow_map::test_steps_have_any_length_and_the_others_none'),
+    ('walks are cut near their end', 'times[learners] + length/2, times', 'times[learners] + .9*length, times',
+     'steps are cut in the middle', 'exact_flow_map::test_steps_have_any_length_and_the_others_none'),
+    ('walks are the same in every step', 'Stream.STEPS, step)', 'Stream.STEPS, 0)',
+     'fresh steps', 'exact_flow_map::test_steps_have_any_length_and_the_others_none'),
+    ('guidance leads towards the null class', 'guided = without + guidance*(target - without)',
+     'guided = target + guidance*(without - target)',
+     'guidance that is built in', 'exact_flow_map::test_what_is_taught_is_the_velocity_and_for_some_the_mean_of_two_steps'),
+    ('the null class is guided as well', 'torch.where((y == null_class).view(-1, 1, 1, 1), target, guided)', 'guided',
+     'guidance that is built in', 'exact_flow_map::test_what_is_taught_is_the_velocity_and_for_some_the_mean_of_two_steps'),
+    ('walks learn the instant', '    target[rows] = mean_velocity(', '    _ = mean_velocity(',
+     'steps are learned', 'exact_flow_map::test_what_is_taught_is_the_velocity_and_for_some_the_mean_of_two_steps'),
 )
 
 FEATURES = faults(
@@ -860,7 +897,7 @@ PIPELINE = faults(
      'the pipeline samples as sample does', 'exact_sampling::test_the_pipeline_is_sample_and_decode'),
     ('the pipeline ignores the negative class', 'negative_class, shift)', 'None, shift)',
      'the pipeline samples as sample does', 'exact_sampling::test_the_pipeline_is_sample_and_decode'),
-    ('guidance ends before the last time of its interval', 'field(z, exact)', 'field(z, float(t))',
+    ('guidance ends before the last time of its interval', 'field(z, exact, end', 'field(z, float(t), end',
      'the pipeline samples as sample does', 'pipeline::test_guidance_reaches_to_the_end_of_its_interval'),
     ('diffusers does not know the pipeline', 'diffusers.SphericalSiTPipeline = SphericalSiTPipeline\n', '',
      'diffusers opens a saved pipeline', 'pipeline::test_a_saved_pipeline_draws_the_same_images'),
@@ -945,4 +982,4 @@ SHARDS = faults(
 )
 
 #: Every fault, in the order of the book.
-FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *PREDICTION, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES, *BENCH, *PLAN]
+FAULTS = [*CONCENTRATION, *SPHERE, *PATHS, *TOKENIZERS, *PROBES, *DECODER, *SIT, *TRAINING, *SAMPLING, *SOLVERS, *FIDELITY, *EXPERIMENTS, *PREDICTION, *FLOW_MAP, *FEATURES, *IMAGES, *LATENTS, *PROCESSES, *RUNS, *SHARDS, *WEIGHTS, *CLI, *PIPELINE, *STUDIES, *BENCH, *PLAN]

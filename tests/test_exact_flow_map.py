@@ -157,6 +157,20 @@ def test_a_step_is_the_one_written_by_hand(latents, tmp_path, settings):
         assert (p.grad - g).abs().max() < 1e-3*g.abs().max() + 1e-7
 
 
+def test_in_bf16_averaged_weights_teach_and_the_others_learn(latents, tmp_path):
+    "What autocast has cast must not outlive the weights that it was cast from."
+    trainer = trainer_for(latents, tmp_path, precision='bf16')
+    open_gates(trainer)
+    teacher, pupil = copy.deepcopy(trainer.net), copy.deepcopy(trainer.net)
+    for p, e in zip((p for p in teacher.parameters() if p.requires_grad), trainer.ema): p.data.copy_(e)
+    part = trainer.draws(0)
+    with torch.autocast('cpu', torch.bfloat16):
+        want = lesson(teacher, trainer.path, part, 4)
+        loss, _ = flow_loss(pupil, trainer.path, *part[:4], lesson=want)
+    assert torch.equal(trainer._lesson(part).target, want.target)
+    torch.testing.assert_close(trainer._accumulate_loss(part)[0], loss.detach(), rtol=0, atol=0)
+
+
 def test_a_run_goes_on_as_if_it_had_not_stopped_and_knows_its_kind(latents, tmp_path):
     whole = trainer_for(latents, tmp_path/'whole', steps=6)
     whole.fit(progress=False)
@@ -292,3 +306,50 @@ def test_an_ordinary_solver_follows_the_instant(trained):
     run, y, noise = load_run(trained), torch.arange(3), project(torch.randn(3, 16, 4, 4))
     with torch.no_grad(): v = tangent(noise, run.model(noise, torch.zeros(3), y, torch.zeros(3)))
     torch.testing.assert_close(sample(run.model, run.path, y, Sampler(1), noise), run.path.step(noise, v, 1.), rtol=0, atol=1e-5)
+
+
+class Turns(nn.Module):
+    "Velocities that are linear in the place, with factors that depend on the times."
+    def __init__(self, d, parts=4):
+        super().__init__()
+        self.matrices = nn.Linear(d, parts*d, bias=False)
+        nn.init.zeros_(self.matrices.weight)
+        self.times = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, parts))
+
+    def forward(self, z, t, y, end):
+        each = self.matrices(z.flatten(1)).unflatten(1, (-1, z.shape[1]))
+        return torch.einsum('bk,bkd->bd', self.times(torch.stack([t, end - t], 1)), each)[..., None, None]
+
+
+@pytest.mark.parametrize('d', [16, 512])
+def test_a_helix_is_learned_in_few_steps(d):
+    "A flow with an exact map, every plane at its own speed: nearer to it at each number of steps than Euler with the exact velocity."
+    path, speeds, g = SlerpPath(), torch.linspace(.5, 3.5, d//2).view(-1, 1, 1), torch.Generator().manual_seed(0)
+
+    def velocity(z):
+        x, y = z.chunk(2, 1)
+        return torch.cat([-speeds*y, speeds*x], 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Turns(d)
+    optimizer, steps = torch.optim.Adam(net.parameters()), 600
+    for k in range(steps):
+        z, t, length = path.prior((64, d, 1, 1), g), torch.rand(64, generator=g), .01 + .99*torch.rand(32, generator=g)
+        t[:32] *= 1 - length
+        end, target = t.clone(), velocity(z)
+        end[:32] += length
+        with torch.no_grad(): target[:32] = mean_velocity(net, path, z[:32], t[:32], t[:32] + length/2, end[:32], None)
+        optimizer.param_groups[0]['lr'] = 1e-2*(1 - k/steps)
+        optimizer.zero_grad()
+        (path.tangent(z, net(z, t, None, end)) - target).square().mean().backward()
+        optimizer.step()
+    z = path.prior((500, d, 1, 1), torch.Generator().manual_seed(1))
+    (x, y), c, s = z.chunk(2, 1), speeds.cos(), speeds.sin()
+    exact_end = torch.cat([c*x - s*y, s*x + c*y], 1)
+    for n in (1, 2, 4, 8):
+        by_map = by_euler = z
+        for k in range(n):
+            with torch.no_grad(): by_map = walk(net, path, by_map, *(torch.full((500,), j/n) for j in (k, k + 1)), None)
+            by_euler = path.step(by_euler, velocity(by_euler), 1/n)
+        missed, euler = (angle(w, exact_end).mean() for w in (by_map, by_euler))
+        assert missed < .7*euler, (n, missed, euler)

@@ -12,7 +12,7 @@ from plant_faults import node, notebook_of, plant, source_of, stale  # noqa: E40
 
 MODULES = sorted({f.module for f in FAULTS})
 STORY = {'sphere', 'concentration', 'tokenizers', 'probes', 'decoder', 'paths', 'sit', 'training', 'sampling', 'solvers', 'fidelity',
-         'experiments', 'prediction'}
+         'experiments', 'prediction', 'flow_map'}
 
 
 def test_the_list_covers_every_module():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/'_docs'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 STORY = ('concentration', 'sphere', 'paths', 'tokenizers', 'probes', 'decoder', 'sit', 'training', 'sampling', 'solvers',
-         'fidelity', 'experiments', 'prediction')
+         'fidelity', 'experiments', 'prediction', 'flow_map')
 ENGINE = ('checks', 'processes', 'files', 'runs', 'images', 'shards', 'latents', 'weights', 'features', 'plots', 'report')
 TOOLS = ('cli', 'studies', 'pipeline', 'bench', 'plan')
 MODULES = (*STORY, *(f'engine.{m}' for m in ENGINE), *(f'tools.{m}' for m in TOOLS))

@@ -51,6 +51,7 @@ def pair(latents, tmp_path_factory):
     out = tmp_path_factory.mktemp('pair')
     for arm, more in together.ARMS.items(): together.fit(latents, out/f'one-{arm}', arm, **more)
     together.fit(latents, out/'half-one', until=6)
+    together.fit(latents, out/'one-map', flow_map=2)
     result = launch(BIN/'torchrun', '--standalone', '--nproc_per_node', 2, together.__file__, latents, out)
     assert result.returncode == 0, result.stderr[-3000:]
     together.fit(latents, out/'fsdp-half')
@@ -58,7 +59,7 @@ def pair(latents, tmp_path_factory):
 
 
 @pytest.mark.parametrize('run,one', [('ddp-spherical-slerp', 'one-spherical-slerp'), ('ddp-vanilla-linear', 'one-vanilla-linear'), ('fsdp-vanilla-linear', 'one-vanilla-linear'), ('accumulated', 'one-spherical-slerp'),
-                                     ('fsdp', 'one-spherical-slerp'), ('fsdp-half', 'one-spherical-slerp'), ('half-one', 'one-spherical-slerp')])
+                                     ('fsdp', 'one-spherical-slerp'), ('fsdp-half', 'one-spherical-slerp'), ('half-one', 'one-spherical-slerp'), ('ddp-map', 'one-map'), ('fsdp-map', 'one-map')])
 def test_two_processes_train_as_one_does(pair, run, one):
     "Data parallel, accumulated, sharded; from two processes to one and from one to two."
     rows = lambda name: Trainer.log(SimpleNamespace(out=pair/name))

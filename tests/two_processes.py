@@ -39,6 +39,7 @@ if __name__ == '__main__':
     for arm, more in ARMS.items(): fit(latents, out/f'ddp-{arm}', arm, **more)
     fit(latents, out/'fsdp-vanilla-linear', 'vanilla-linear', parallel='fsdp', **ARMS['vanilla-linear'])
     fit(latents, out/'accumulated', accumulate=2)
+    for parallel in ('ddp', 'fsdp'): fit(latents, out/f'{parallel}-map', parallel=parallel, flow_map=2)
     fit(latents, out/'fsdp', parallel='fsdp')
     fit(latents, out/'fsdp-half', parallel='fsdp', until=6)
     fit(latents, out/'half-one', parallel='fsdp') # began with one process

@@ -301,7 +301,7 @@ class _Changes:
     curve_samples: int = 0    # samples for every point of the curve
     guidances: str = ''       # comma-separated scales of classifier-free guidance; 1 is none
     sample_steps: int = 0     # solver steps
-    sample_method: str = ''   # euler, heun, rk4, adams2, adams3 or adaptive
+    sample_method: str = ''   # euler, heun, rk4, adams2, adams3 or adaptive; flow_map for runs that learn one
     sample_precision: str = ''# float32 or bf16, of sampling, encoding and decoding
 
     def of(self, preset: Preset, train: dict) -> Preset:
@@ -686,7 +686,7 @@ _DRAWING = Sampler, _changing, _Checkpoint
 #: Help where the comment of a field is not enough for a shell.
 _SAMPLER_HELP = dict(
     steps='solver steps',
-    method='euler, heun, rk4, adams2, adams3 or adaptive',
+    method='euler, heun, rk4, adams2, adams3 or adaptive; flow_map for a run that learned one',
     guidance='classifier-free guidance; 1 is none',
     shift='more than 1 takes smaller steps near the noise',
     tolerance='of the adaptive method',
