@@ -41,6 +41,9 @@ def test_the_stages_that_make_the_data(tmp_path, monkeypatch):
     assert velocity['times'] == data['times'] == pytest.approx([k/20 + .025 for k in range(20)]) and min(velocity['errors']) > 0 < min(data['speed'])
     paced = json.loads((tmp_path/'results'/'digits_speed.json').read_text())['rows']
     assert [(r['strength'], r['own'], r['guidance']) for r in paced] == PACES
+    few = json.loads((tmp_path/'results'/'digits_few_steps.json').read_text())['rows']
+    assert [(r['way'], r['method'], r['evaluations']) for r in few] == [('velocity', 'euler', 50), ('velocity', 'euler', 100), ('velocity', 'euler', 1),
+                                                                         ('started-map', 'flow_map', 1), ('started-map', 'euler', 50)]
     assert paced[0]['kid'] == pytest.approx(velocity['kid'], rel=1e-4) and len({r['kid'] for r in paced}) >= 4
 
 

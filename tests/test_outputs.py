@@ -224,10 +224,10 @@ def test_scripts_refuse_a_strangers_results(tmp_path, monkeypatch):
     import make_data
     import study_taef2
     (tmp_path/'results').mkdir()
-    for name in ('digits_comparison.json', 'digits_prediction.json', 'digits_speed.json', 'digits_solvers.json', 'digits_evolution.json', 'geometry.json', 'gpu_tests.json'): (tmp_path/'results'/name).write_text('{"mine": 1}')
+    for name in ('digits_comparison.json', 'digits_prediction.json', 'digits_speed.json', 'digits_few_steps.json', 'digits_solvers.json', 'digits_evolution.json', 'geometry.json', 'gpu_tests.json'): (tmp_path/'results'/name).write_text('{"mine": 1}')
     write_json(tmp_path/'new.json', {'environment': {}})
     before = contents(tmp_path)
-    works = [lambda: make_data.results(tmp_path, .01), lambda: make_data.prediction(tmp_path, .01), lambda: make_data.speed(tmp_path, .01), lambda: make_data.solvers(tmp_path, .01), lambda: make_data.evolution(tmp_path, .01),
+    works = [lambda: make_data.results(tmp_path, .01), lambda: make_data.prediction(tmp_path, .01), lambda: make_data.speed(tmp_path, .01), lambda: make_data.few_steps(tmp_path, .01), lambda: make_data.solvers(tmp_path, .01), lambda: make_data.evolution(tmp_path, .01),
              lambda: study_taef2.keep(tmp_path/'results', geometry=tmp_path/'new.json'), lambda: gpu_run.store(SimpleNamespace(out=tmp_path/'results', commit=''), 'gpu_tests.json', {})]
     for work in works:
         with pytest.raises(FileExistsError, match='was not made by this program'): work()
