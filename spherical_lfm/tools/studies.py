@@ -933,6 +933,8 @@ FEW_STEPS: dict[str, tuple[dict, bool]] = {
     'started-map': ({'flow_map': 2}, True),
     'started-guided-map': ({'flow_map': 2, 'guidance': 1.5}, True),
 }
+#: Arms of `few_steps_study` -> ways of training.
+_FEW_STEPS_ARMS = {'spherical-slerp': tuple(FEW_STEPS), 'vanilla-linear': ('velocity', 'started-map')}
 
 def _few_steps_run(preset: Preset, arm: str, way: str, seed: int, folder: Path, progress: bool) -> Path:
     "Train in one way with six passes of the preset's batches; a start takes half of them. Finished runs are reused."
@@ -995,8 +997,7 @@ def few_steps_study(
     runs: str | Path,               # a folder for the runs; what is finished there is reused
     seeds: tuple = (0, 1),          # seeds of training and sampling
     scale: float = 1.,              # fraction of the full number of steps and samples
-    arms: tuple = ('spherical-slerp', 'vanilla-linear'), # which arms
-    ways: tuple = tuple(FEW_STEPS), # which of the ways of training
+    arms: dict | None = None,       # arm -> which of `FEW_STEPS`; None: all for slerp, two for lines
     budgets: tuple = (1, 2, 4, 8),  # evaluations of the network per sample
     progress: bool = True           # show progress bars
 ) -> dict: # what is written
@@ -1005,7 +1006,7 @@ def few_steps_study(
     claim_file(path)
     folder, preset, rows = claim(runs, 'a study of few steps'), _shortened(scale), []
     reference = _prepare_digits(preset, folder, progress)
-    for seed, arm in product(seeds, arms):
+    for seed, (arm, ways) in product(seeds, (arms or _FEW_STEPS_ARMS).items()):
         found = {way: _few_steps_run(preset, arm, way, seed, folder, progress) for way in ways}
         for way, run in found.items():
             measured = _few_steps_rows(run, way, preset, reference, seed, budgets)
