@@ -62,7 +62,7 @@ def speed(out: Path, scale: float):
 def few_steps(out: Path, scale: float):
     "Flow maps against solvers, on the digits; runs stay in `runs/few-steps` beside the folder."
     from spherical_lfm.tools.studies import few_steps_study
-    few = {} if scale == 1 else dict(seeds=(0,), arms={'spherical-slerp': ('velocity', 'started-map')}, budgets=(1,)) # a rehearsal
+    few = {} if scale == 1 else dict(seeds=(0,), ways=('velocity', 'started-map'), budgets=(1,)) # a rehearsal
     few_steps_study(out/'results'/'digits_few_steps.json', out.parent/'runs'/'few-steps', scale=scale, **few)
 
 

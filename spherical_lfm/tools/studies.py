@@ -933,13 +933,11 @@ FEW_STEPS: dict[str, tuple[dict, bool]] = {
     'started-map': ({'flow_map': 2}, True),
     'started-guided-map': ({'flow_map': 2, 'guidance': 1.5}, True),
 }
-#: Arms of `few_steps_study` -> ways of training.
-_FEW_STEPS_ARMS = {'spherical-slerp': tuple(FEW_STEPS), 'vanilla-linear': ('velocity', 'started-map')}
 
-def _few_steps_run(preset: Preset, arm: str, way: str, seed: int, folder: Path, progress: bool) -> Path:
+def _few_steps_run(preset: Preset, way: str, seed: int, folder: Path, progress: bool) -> Path:
     "Train in one way with six passes of the preset's batches; a start takes half of them. Finished runs are reused."
     extra, started = FEW_STEPS[way]
-    data, length = LatentDataset(folder/'latents', project=ARMS[arm].projection), preset.train['steps']
+    arm, data, length = 'spherical-slerp', LatentDataset(folder/'latents', project=project), preset.train['steps']
     def train(run: Path, passes: int, **settings) -> Path:
         config = TrainConfig(arm=arm, seed=seed, **preset.train | settings)
         steps = max(2, round(passes*length/config.passes))
@@ -997,22 +995,20 @@ def few_steps_study(
     runs: str | Path,               # a folder for the runs; what is finished there is reused
     seeds: tuple = (0, 1),          # seeds of training and sampling
     scale: float = 1.,              # fraction of the full number of steps and samples
-    arms: dict | None = None,       # arm -> which of `FEW_STEPS`; None: all for slerp, two for lines
+    ways: tuple = tuple(FEW_STEPS), # which of the ways of training
     budgets: tuple = (1, 2, 4, 8),  # evaluations of the network per sample
     progress: bool = True           # show progress bars
 ) -> dict: # what is written
-    "Flow maps against solvers of ordinary models, trained with as much arithmetic, on the digits."
+    "Flow maps against solvers of ordinary models, trained with as much arithmetic: slerp, on the digits."
     picture = claim_file(Path(path).with_suffix('.png'))
     claim_file(path)
     folder, preset, rows = claim(runs, 'a study of few steps'), _shortened(scale), []
     reference = _prepare_digits(preset, folder, progress)
-    for seed, (arm, ways) in product(seeds, (arms or _FEW_STEPS_ARMS).items()):
-        found = {way: _few_steps_run(preset, arm, way, seed, folder, progress) for way in ways}
+    for seed in seeds:
+        found = {way: _few_steps_run(preset, way, seed, folder, progress) for way in ways}
         for way, run in found.items():
-            measured = _few_steps_rows(run, way, preset, reference, seed, budgets)
-            rows += [{'arm': arm, 'seed': seed} | row for row in measured]
-        if seed == seeds[0] and arm == 'spherical-slerp' and {w for w, *_ in _SHOWN} <= found.keys():
-            _save_few_steps(found, preset, picture)
+            rows += [{'seed': seed} | row for row in _few_steps_rows(run, way, preset, reference, seed, budgets)]
+        if seed == seeds[0]: _save_few_steps(found, preset, picture)
     result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
