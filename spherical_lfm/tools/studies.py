@@ -896,9 +896,13 @@ def _paces_of(out: Path, preset: Preset, reference: dict, seed: int) -> list[dic
     decoder = load_tokenizer(decoder_name(preset, run.record['config']['arm']), spherical=run.path.spherical)
     plan = {'weights': run.record['weights'], 'decoder': decoder.identity, 'reference': reference.get('content'),
             'sampler': sampler.settings, 'paces': [list(p) for p in PACES], 'samples': preset.samples}
-    kept = read_json(store, 'paces of a run', 'remove it') if store.exists() else {}
+    return _kept_rows(store, plan, _paced_rows(run, preset, reference, sampler, decoder))
+
+def _kept_rows(store: Path, plan: dict, rows: Iterator[dict]) -> list[dict]:
+    "Rows from a file beside a run, or made and written there if their plan is another one."
+    kept = read_json(store, 'rows of a run', 'remove it') if store.exists() else {}
     if kept.get('plan') != plan:
-        kept = {'plan': plan, 'rows': list(_paced_rows(run, preset, reference, sampler, decoder))}
+        kept = {'plan': plan, 'rows': list(rows)}
         write_json(store, kept)
     return kept['rows']
 
@@ -968,10 +972,10 @@ def _few_steps_rows(
     loaded, labels = load_run(run), class_mixture(digits_images('train')[1], preset.samples)
     some, quick = labels[::7], replace(preset, metrics=('fid', 'kid'))
     def ends(sampler: Sampler) -> Tensor: return sample(loaded.model, loaded.path, some, replace(sampler, seed=seed))
-    exact = {w: ends(Sampler(100, guidance=w)) for w in (1., 1.5)}
+    exact = ends(Sampler(100))
     for sampler in _few_steps_samplers(way, budgets):
         found = score(run, loaded, quick, reference, labels, replace(sampler, seed=seed))
-        apart = (ends(sampler) - exact[sampler.guidance]).square().mean().item()
+        apart = (ends(sampler) - exact).square().mean().item() if sampler.guidance == 1 else None
         yield {'way': way, 'method': sampler.method, 'guidance': sampler.guidance, 'steps': sampler.steps,
                'evaluations': evaluations(sampler), 'apart': apart, **{k: found[k] for k in ('fd', 'kid', 'accuracy')}}
 
@@ -1007,7 +1011,10 @@ def few_steps_study(
     for seed in seeds:
         found = {way: _few_steps_run(preset, way, seed, folder, progress) for way in ways}
         for way, run in found.items():
-            rows += [{'seed': seed} | row for row in _few_steps_rows(run, way, preset, reference, seed, budgets)]
+            plan = {'weights': load_run(run).record['weights'], 'reference': reference.get('content'), 'seed': seed,
+                    'samples': preset.samples, 'samplers': [s.settings for s in _few_steps_samplers(way, budgets)]}
+            made = _few_steps_rows(run, way, preset, reference, seed, budgets)
+            rows += [{'seed': seed} | row for row in _kept_rows(run/'few-steps.json', plan, made)]
         if seed == seeds[0]: _save_few_steps(found, preset, picture)
     result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
