@@ -34,6 +34,7 @@ DIGITS, PHOTOS, DECODER = result('digits_comparison'), result('cifar10_taef2_sma
 PREDICTED = result('digits_prediction')['rows']
 SPEED = result('digits_speed')
 FAMILY = result('family')['rows']
+FEW = result('digits_few_steps')
 PROBES = {name: result(f'probe_{name}') for name in ('cifar10', 'imagenet')}
 
 
@@ -41,6 +42,20 @@ def photo(arm, key='fd', seed=None):
     "Mean over seeds, or one seed, without guidance."
     rows = [r for r in PHOTOS['rows'] if r['arm'] == arm and seed in (None, r['seed'])]
     return mean(r['guided'][0][key] for r in rows)
+
+
+def few(way, method, n, key='kid', guidance=1.): # mean over seeds, at so many evaluations
+    return mean(r[key] for r in FEW['rows'] if (r['way'], r['method'], r['evaluations'], r['guidance']) == (way, method, n, guidance))
+
+
+def mapped(*counts, way='started-map', key='kid'): return [few(way, 'flow_map', n, key) for n in counts]
+
+
+def euler(*counts): return [few('velocity', 'euler', n) for n in counts]
+
+
+def nearer(n): # steps of the map to its own flow than those of Euler
+    return few('velocity', 'euler', n, 'apart')/few('started-map', 'flow_map', n, 'apart')
 
 
 def swapped(arm, key='fd', seed=0): # through the other decoder
@@ -161,6 +176,20 @@ CLAIMS = [ # (notebook, sentence with its numbers left out, the numbers)
     ('13_prediction', 'are far apart ({:.3f} and {:.3f})', predicted(CHORD, prediction='data')),
     ('13_prediction', 'slerp is at {:.3f}, behind vanilla-linear. The skip gives it back more than half of what it lost ({:.3f}; with the projection it is {:.3f})',
      (told(ARC, project_velocity=False), told(ARC, project_velocity=False, skip=True), told(ARC))),
+    ('14_flow_map', 'samples of KID {:.3f}, where a single Euler step of an ordinary model has {:.3f}. With two evaluations they are close ({:.3f} and {:.3f}), and from four on the ordinary model is ahead ({:.3f} against {:.3f})',
+     [v for n in (1, 2, 4) for v in (*mapped(n), *euler(n))]),
+    ('14_flow_map', 'from velocities has {:.3f}, half of what a single Euler step has ({:.3f})', (*mapped(1), *euler(1))),
+    ('14_flow_map', '{:.3f} against {:.3f} for Euler and {:.3f} for a step of Heun', (*mapped(2), *euler(2), few('velocity', 'heun', 2))),
+    ('14_flow_map', 'with Euler {:.3f} at four and {:.3f} at eight, with Adams {:.3f} and {:.3f}; the map has {:.3f} and {:.3f}',
+     (*euler(4, 8), *(few('velocity', 'adams2', n) for n in (4, 8)), *mapped(4, 8))),
+    ('14_flow_map', 'a single step of Heun ({:.3f} at one, {:.3f} at four)', mapped(1, 4, way='map')),
+    ('14_flow_map', '({:.1f} % against {:.1f} % with one evaluation) and has a KID of {:.3f} at one and {:.3f} at four',
+     (*(100*v for w in ('started-guided-map', 'started-map') for v in mapped(1, way=w, key='accuracy')), *mapped(1, 4, way='started-guided-map'))),
+    ('14_flow_map', 'has {:.3f} with four steps, which are eight evaluations, and {:.3f} with a hundred', [few('velocity', 'euler', n, guidance=1.5) for n in (8, 100)]),
+    ('14_flow_map', '(held-out digits have {:.3f})', (FEW['held_out_kid'],)),
+    ('14_flow_map', 'Its one step is {:.1f} times nearer to its own flow', (nearer(1),)),
+    ('14_flow_map', 'its four are {:.1f} times nearer', (nearer(4),)),
+    ('14_flow_map', 'the same network has {:.3f}, and the one that learned velocities only {:.3f}', (few('started-map', 'euler', 50), *euler(50))),
     ('tutorial_vae', 'leaves its shells clearly, by {:.1f} to {:.1f} σ', family('taef2')),
     ('tutorial_vae', 'With 16 channels it is {:.1f} to {:.1f} σ', family('taesd3', 'taef1')),
     ('tutorial_vae', 'with 4 channels {:.1f} to {:.1f} (for', family('taesd', 'taesdxl')),
