@@ -35,6 +35,7 @@ from spherical_lfm.tools.studies import (
     Probing,
     analyze_study,
     evolution_study,
+    few_steps_study,
     finetune_study,
     prediction_study,
     probe_study,
@@ -105,6 +106,7 @@ FOLDERS = { # what writes a folder: (out, place) -> work
     'slfm_compare': lambda out, place: quiet(cli.slfm_compare, 'digits', '--out', out, '--arms', 'vanilla-linear', '--steps', 2, '--samples', 20, '--no_curve'),
     'slfm_demo': lambda out, place: quiet(cli.slfm_demo, '--out', out),
     'prediction_study': lambda out, place: prediction_study(place/'predictions.json', out, (0,), .002, PREDICTIONS[:1], progress=False),
+    'few_steps_study': lambda out, place: few_steps_study(place/'few.json', out, (0,), .002, ('velocity',), (1,), progress=False),
     'speed_study': lambda out, place: speed_study(place/'speeds.json', out, (0,), .002, PREDICTIONS[:1], progress=False),
 }
 LONG = ('slfm_demo', 'slfm_compare', 'slfm_probe', 'slfm_finetune', 'slfm_analyze', 'slfm_encode', 'slfm_train') # functions stand for them where it takes long
@@ -192,6 +194,7 @@ FILES = { # what writes a file: suffix, (path, place) -> work
     'seeds_study': ('.json', lambda path, place: seeds_study(path)),
     'prediction_study': ('.json', lambda path, place: prediction_study(path, place/'predictions')),
     'solver_study': ('.json', lambda path, place: solver_study(path)),
+    'few_steps_study': ('.json', lambda path, place: few_steps_study(path, place/'few')),
     'speed_study': ('.json', lambda path, place: speed_study(path, place/'predictions')),
     'evolution_study': ('.png', lambda path, place: evolution_study(path)),
 }

@@ -1015,7 +1015,8 @@ def few_steps_study(
                     'samples': preset.samples, 'samplers': [s.settings for s in _few_steps_samplers(way, budgets)]}
             made = _few_steps_rows(run, way, preset, reference, seed, budgets)
             rows += [{'seed': seed} | row for row in _kept_rows(run/'few-steps.json', plan, made)]
-        if seed == seeds[0]: _save_few_steps(found, preset, picture)
+        shown = {way for way, *_ in _SHOWN} <= found.keys()
+        if seed == seeds[0] and shown: _save_few_steps(found, preset, picture)
     result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
