@@ -362,6 +362,7 @@ class Trainer(ResumableRun):
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         _check_share(config, self.world)
         self.net = _new_network(config, data, classes).to(self.device)
+        self.started = tensor_digest({}, self.net.state_dict()) if config.start else None # before it is cut
         self.sharded = config.parallel == 'fsdp' and self.world > 1
         self.model = _place(self.net, config, self.accelerator, self.sharded)
         self.loss_fn = torch.compile(flow_loss, dynamic=False) if config.compile else flow_loss
@@ -392,7 +393,7 @@ def order_of_data(self: Trainer, classes: int, d: int, side: int):
         'classes': classes,
         'shape': [d, side, side],
         'data': {k: index[k] for k in ('count', 'tokenizer', 'source')} | {'content': self.data.content},
-    } | ({'start': {'content': tensor_digest({}, self.net.state_dict())}} if c.start else {})
+    } | ({'start': {'content': self.started}} if c.start else {})
 
 # %% ../nbs/08_training.ipynb #2c6e135d
 @patch

@@ -40,6 +40,7 @@ if __name__ == '__main__':
     fit(latents, out/'fsdp-vanilla-linear', 'vanilla-linear', parallel='fsdp', **ARMS['vanilla-linear'])
     fit(latents, out/'accumulated', accumulate=2)
     for parallel in ('ddp', 'fsdp'): fit(latents, out/f'{parallel}-map', parallel=parallel, flow_map=2)
+    for until in (6, None): fit(latents, out/'fsdp-started', parallel='fsdp', start=str(out/'one-map'), flow_map=2, until=until)
     fit(latents, out/'fsdp', parallel='fsdp')
     fit(latents, out/'fsdp-half', parallel='fsdp', until=6)
     fit(latents, out/'half-one', parallel='fsdp') # began with one process
