@@ -41,7 +41,8 @@ def mean_velocity(
     return path.log(z, there)/(end - t).view(-1, 1, 1, 1)
 
 # %% ../nbs/14_flow_map.ipynb #e0bfc045
-SHORTEST = .01 #: step that a flow map learns
+#: Length of the shortest step that a flow map learns.
+SHORTEST = .01
 
 def ways(
     config: TrainConfig, # settings

@@ -66,15 +66,8 @@ class Solver(NamedTuple):
     evaluations: int  # of the field per step
 
 # %% ../nbs/09_sampling.ipynb #d22b340b
-def mean_step(
-    field: Callable, # (z, t, end) -> mean velocity from t to end, tangential
-    path: FlowPath,  # how to step
-    z: Tensor,       # positions at time t
-    t: float,        # time
-    dt: float,       # step
-    past: list       # not used
-) -> Tensor: # positions at t + dt
-    "One evaluation per step of a flow map: step(z, u(z, t, t + dt), dt)."
+def mean_step(field: Callable, path: FlowPath, z: Tensor, t: float, dt: float, past: list) -> Tensor:
+    "`euler` with the mean velocity field(z, t, end) of a flow map: step(z, u(z, t, t + dt), dt)."
     return path.step(z, field(z, t, end=t + dt), dt)
 
 # %% ../nbs/09_sampling.ipynb #fa7499b9
