@@ -38,6 +38,8 @@ from spherical_lfm.tokenizers import Tokenizer, load_tokenizer, measure_statisti
 from spherical_lfm.tools.studies import TokenStatistics
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Small and large photographs: file and side in pixels.
+PHOTOGRAPHS = {'CIFAR-10 64 px': ('cifar10_test.parquet', 64), 'ImageNet 256 px': ('imagenet_samples_256.parquet', 256)}
 BIN = Path(sys.executable).parent
 
 
@@ -101,8 +103,8 @@ def swap_demo(material: Path, runs: Path, out: Path, scaled):
 def projection(material: Path, runs: Path, out: Path, scaled):
     "What projection costs with the original decoder, by the coordinates in which it is done."
     result = {}
-    for name, images, size, count in (('CIFAR-10 64 px', 'cifar10_test.parquet', 64, scaled(512)), ('ImageNet 256 px', 'imagenet_samples_256.parquet', 256, scaled(48))):
-        source, plain = ImageSource(material/images, size), load_tokenizer(material/'taef2')
+    for (name, (file, size)), count in zip(PHOTOGRAPHS.items(), (scaled(512), scaled(48))):
+        source, plain = ImageSource(material/file, size), load_tokenizer(material/'taef2')
         photos = torch.stack([x for x, _ in source.stream(source.shuffled(0), count)])
         moments = {pack: measure_statistics(plain, photos.split(16), pack) for pack in (1, 2)}
         coordinates = {'as the encoder emits them': plain, 'standardised, d = 32': standardise(plain, moments[1]), 'standardised, packed 2 x 2, d = 128': standardise(plain, moments[2], 2, unpack=False)}
@@ -147,8 +149,8 @@ FAMILY = 'taesd', 'taesdxl', 'taesd3', 'taef1', 'taef2'
 def family(material: Path, runs: Path, out: Path, scaled):
     "Five tokenizers of one family with 4, 4, 16, 16 and 32 channels, on small and on large photographs."
     rows = []
-    for images, size, count in (('CIFAR-10 64 px', 64, scaled(256)), ('ImageNet 256 px', 256, scaled(32))):
-        source = ImageSource(material/('cifar10_test.parquet' if size == 64 else 'imagenet_samples_256.parquet'), size)
+    for (images, (file, size)), count in zip(PHOTOGRAPHS.items(), (scaled(256), scaled(32))):
+        source = ImageSource(material/file, size)
         for name in FAMILY:
             print(f'{name}, {images}', flush=True)
             rows.append({'tokenizer': name, 'of': images} | portrait(load_tokenizer(material/'weights'/f'{name}_encoder.safetensors'), source, count))

@@ -834,9 +834,9 @@ def _trained_variants(
         row = _digits_row(preset, arm, folder, reference, seed, extra, progress)
         yield row, _digits_run(folder, arm, extra, seed), preset, reference
 
-def _held_out_profile(run: LoadedRun) -> dict:
-    "The `speed_profile` of a run on the digits that nobody trains on."
-    x, y = digits_images('test')
+def _held_out_profile(run: LoadedRun, preset: Preset) -> dict:
+    "The `speed_profile` of a run on the digits that nobody trains on, of which a rehearsal takes few."
+    x, y = (held_out[:preset.samples] for held_out in digits_images('test'))
     return speed_profile(run, load_tokenizer('digits', spherical=run.path.spherical).encode(x), y)
 
 # %% ../../nbs/tools/studies.ipynb #cb6126e8
@@ -851,8 +851,8 @@ def prediction_study(
     "What the network predicts, changed at the `digits` preset; one row per variant and seed, with its `speed_profile`."
     claim_file(path)
     chosen = PREDICTIONS if variants is None else variants
-    rows = [row | _held_out_profile(load_run(out))
-            for row, out, *_ in _trained_variants(runs, chosen, seeds, scale, progress)]
+    rows = [row | _held_out_profile(load_run(out), preset)
+            for row, out, preset, _ in _trained_variants(runs, chosen, seeds, scale, progress)]
     result = {'rows': rows, **_held_out_digits(), 'environment': environment(list(seeds))}
     write_json(path, result)
     return result
@@ -881,7 +881,7 @@ def _paced_rows(
     run: LoadedRun, preset: Preset, reference: dict, sampler: Sampler, decoder: Tokenizer
 ) -> Iterator[dict]:
     "Metrics and spreads of a run's samples at every pace."
-    profile, labels = _held_out_profile(run), class_mixture(digits_images('train')[1], preset.samples)
+    profile, labels = _held_out_profile(run, preset), class_mixture(digits_images('train')[1], preset.samples)
     for strength, own, guidance in PACES:
         paced = replace(sampler, speed=speed_factors(profile, strength, own), guidance=guidance)
         z = sample(run.model, run.path, labels, paced)
