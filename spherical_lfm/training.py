@@ -12,7 +12,7 @@ import importlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,10 @@ from . import sphere
 from .engine.checks import check_range
 from .engine.files import atomic_write, tensor_digest
 from .engine.latents import RESIDENT, LatentDataset, LatentLoader, place_latents, send_to
-from .engine.processes import fail_together, new_accelerator
+from .engine.processes import fail_together, new_accelerator, told_by_main
 from spherical_lfm.engine.runs import (
-    ResumableRun, Stream, keep_newest, newest_checkpoint, optimizer_tensors, restore_optimizer, seal, seeded_generator,
-    swapped_weights, tracker_names,
+    ResumableRun, Stream, _checkpoint_state, keep_newest, newest_checkpoint, optimizer_tensors, restore_optimizer, seal,
+    seeded_generator, swapped_weights, tracker_names,
 )
 from .paths import FlowPath, arm_path, shift_time
 from .sit import SiT
@@ -345,6 +345,7 @@ class Trainer(ResumableRun):
     _lesson: Callable[..., Lesson | None]
     loss_fn: Callable[..., tuple[Tensor, Tensor]]
     mine: slice                        #: this process's part of a batch
+    started: str | None                #: what the weights to start with hash to
     loader: LatentLoader
     _heard: float
 
@@ -361,8 +362,11 @@ class Trainer(ResumableRun):
         self.accelerator = new_accelerator(log_with=tracker_names(config.trackers) or None, project_dir=self.out)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         _check_share(config, self.world)
-        self.net = _new_network(config, data, classes).to(self.device)
-        self.started = tensor_digest({}, self.net.state_dict()) if config.start else None # before it is cut
+        going_on = config.start and told_by_main(newest_checkpoint(out)) # which has all that a start once gave
+        begin = replace(config, start=str(going_on/'ema')) if going_on else config
+        self.net = _new_network(begin, data, classes).to(self.device)
+        if going_on: self.started = _checkpoint_state(going_on).get('start', {}).get('content')
+        elif config.start: self.started = tensor_digest({}, self.net.state_dict()) # before it is cut
         self.sharded = config.parallel == 'fsdp' and self.world > 1
         self.model = _place(self.net, config, self.accelerator, self.sharded)
         self.loss_fn = torch.compile(flow_loss, dynamic=False) if config.compile else flow_loss

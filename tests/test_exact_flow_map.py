@@ -2,9 +2,11 @@
 import copy
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from spherical_lfm.engine.images import ImageSource
@@ -206,6 +208,20 @@ def test_a_run_starts_where_another_one_ended(latents, plain, tmp_path):
     again.fit(progress=False)
     assert again.step == 3
     with pytest.raises(ValueError, match='start:'): trainer_for(latents, tmp_path/'next', steps=4).fit(progress=False)
+
+
+@pytest.mark.parametrize('after', ['trained on', 'gone'])
+def test_a_run_needs_its_start_no_more_once_it_has_begun(latents, plain, tmp_path, after):
+    start = shutil.copytree(plain, tmp_path/'start')
+    trainer_for(latents, tmp_path/'whole', start=str(start), steps=3).fit(progress=False)
+    trainer_for(latents, tmp_path/'parts', start=str(start), steps=3).fit(2, progress=False)
+    if after == 'gone': shutil.rmtree(start)
+    else: trainer_for(latents, start, steps=7, flow_map=0, ema_decay=.5).fit(progress=False)
+    parts = trainer_for(latents, tmp_path/'parts', start=str(start), steps=3)
+    parts.fit(progress=False)
+    assert [r['loss'] for r in parts.log()] == [r['loss'] for r in Trainer.log(SimpleNamespace(out=tmp_path/'whole'))]
+    files = [tmp_path/run/'checkpoints'/'step-00000003'/'model'/'diffusion_pytorch_model.safetensors' for run in ('whole', 'parts')]
+    for k, w in load_file(files[0]).items(): assert torch.equal(w, load_file(files[1])[k]), k
 
 
 @pytest.mark.parametrize('wrong,words', [
