@@ -11,9 +11,9 @@ from torch import nn
 
 from spherical_lfm.engine.images import ImageSource
 from spherical_lfm.engine.latents import Encoding, LatentDataset, encode_latents
-from spherical_lfm.flow_map import SHORTEST, lesson, mean_velocity, walk, ways
+from spherical_lfm.flow_map import lesson, mean_velocity, walk, ways
 from spherical_lfm.paths import ARMS, SlerpPath, arm_path
-from spherical_lfm.sampling import Sampler, guided_velocity, initial_noise, load_run, sample, velocity_field
+from spherical_lfm.sampling import SHORTEST, Sampler, guided_velocity, initial_noise, load_run, sample, velocity_field
 from spherical_lfm.sit import SiT
 from spherical_lfm.sphere import angle, project, tangent
 from spherical_lfm.tokenizers import load_tokenizer
@@ -280,11 +280,15 @@ def test_guidance_of_a_flow_map_asks_twice_with_the_same_end():
     assert model.calls == [(.25, .5)]
 
 
-def test_a_network_without_a_map_and_a_speed_are_refused(plain):
+def test_what_no_flow_map_can_do_is_refused(plain):
     run = load_run(plain)
     with pytest.raises(ValueError, match='no flow map: train one with --flow_map'):
         sample(run.model, run.path, torch.arange(2), Sampler(1, 'flow_map'))
     with pytest.raises(ValueError, match='no velocity to speed up'): Sampler(2, 'flow_map', speed=(1.1,))
+    with pytest.raises(ValueError, match='no step shorter than 0.01, got 101 steps: take at most 100'): Sampler(101, 'flow_map')
+    assert Sampler(100, 'flow_map').steps == 100
+    now = torch.full((2,), .5)
+    with pytest.raises(ValueError, match='let end be no earlier than t'): walk(run.model, run.path, torch.randn(2, 16, 4, 4), now, now - .1, torch.arange(2))
 
 
 @pytest.fixture(scope='module')
