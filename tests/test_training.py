@@ -172,25 +172,24 @@ def _worker(latents, out, every):
 
 
 def test_kill_9_at_any_moment_loses_nothing(latents, tmp_path):
-    "Twenty kills at random moments, from the first byte of a checkpoint on, then the weights of an undisturbed run."
+    "Ten kills within a checkpoint and ten after one, then the weights of an undisturbed run."
     start = lambda out, every=1: (p := SERVER.Process(target=_worker, args=(latents, out, every)), p.start())[0]
     whole = start(tmp_path/'whole', 1000)
     whole.join(120)
     assert whole.exitcode == 0
-    run, moments, kills, reached = tmp_path/'run', np.random.default_rng(0), 0, []
-    while kills < 20:
-        folders = lambda: {f.name for f in (run/'checkpoints').glob('*') if f.name.startswith(('step-', '.slfm-tmp-'))}
-        before, deadline = folders(), time.monotonic() + 60
-        process = start(run)
+    run, moments, reached = tmp_path/'run', np.random.default_rng(0), []
+    for kill in range(20):
+        begun, deadline = ('.slfm-tmp-', 'step-')[kill % 2], time.monotonic() + 60
+        folders = lambda: {f.name for f in (run/'checkpoints').glob(f'{begun}*')}
+        before, process = folders(), start(run)
         while process.is_alive() and time.monotonic() < deadline and not folders() - before: time.sleep(.001)
-        time.sleep(moments.uniform(0, .3))
+        time.sleep(moments.uniform(0, .03))
         process.kill()
         process.join()
-        kills += 1
         found = newest_checkpoint(run)
         reached.append(found.name if found else None)
         if found: load_run(run)
-    assert kills == 20 and len(set(reached)) > 5 and len(set(reached)) < 20, reached # some moments were within a checkpoint, some after it
+    assert 10 <= len(set(reached)) < 20, reached # ten got on by a checkpoint at least, and not all of the others
     last = start(run, 1000)
     last.join(120)
     assert last.exitcode == 0 and not list(run.rglob('.slfm-tmp-*'))
