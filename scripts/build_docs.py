@@ -5,6 +5,7 @@ comments; Sphinx with the theme Furo renders both. Formulas become MathML at bui
 """
 import argparse
 import ast
+import functools
 import html
 import importlib
 import inspect
@@ -104,6 +105,11 @@ class Page:
         if 'hide-cell' in tags: metadata['mystnb'] |= {'code_prompt_show': directives.get('code-summary', 'Solution').strip('"'), 'code_prompt_hide': 'Hide'}
         return nbformat.v4.new_code_cell(source, outputs=cell.outputs, metadata=metadata)
 
+    @functools.cached_property
+    def codes(self) -> list: # [(cell, cell for the renderer)]
+        "Every cell, a visible one of code also as it is rendered: asked for by every exported name."
+        return [(c, self.code(c) if c.cell_type == 'code' else None) for c in self.source.cells]
+
     def cell(self, cell):
         "A cell for the renderer; Markdown that a hidden cell wrote counts as text, so that its links are resolved."
         if cell.cell_type == 'markdown': return nbformat.v4.new_markdown_cell(self.text(cell.source))
@@ -121,11 +127,11 @@ class Page:
     def examples(self, name: str) -> list: # [(code, language, anchor of its section)]
         "Visible cells and command lines that use an exported name, shortest first."
         section, found, call = '', [], re.compile(rf'(?<![\w.\'"]){name}\b')
-        for c in self.source.cells:
+        for c, code in self.codes:
             if c.cell_type == 'markdown':
                 section = ([section] + [slug(h) for h in re.findall(r'^##+ (.+)$', c.source, re.M)])[-1]
                 if name.startswith('slfm_'): found += [(line.strip(), 'sh', section) for line in re.findall(rf'(?:^|`)({name} [^`\n]+)', c.source, re.M)]
-            elif (code := self.code(c)) and not c.source.startswith('#| export') and call.search(code.source): found.append((code.source, 'python', section))
+            elif code and not c.source.startswith('#| export') and call.search(code.source): found.append((code.source, 'python', section))
         return sorted(found, key=lambda f: len(f[0]))
 
 
@@ -143,6 +149,27 @@ def annotation(obj) -> str:
 def code_font(obj) -> str:
     "A type in code font, fit for a table."
     return f'`{typed}`'.replace('|', '\\|') if (typed := annotation(obj)) else ''
+
+
+@functools.cache
+def statements(file: Path) -> list: # [(first line, last line, names that are read)]
+    "Statements of a file; of a block, its first line."
+    def read(node): return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.With, ast.For, ast.If)):
+            heads = [i.context_expr for i in node.items] if isinstance(node, ast.With) else [node.iter] if isinstance(node, ast.For) else [node.test]
+            found.append((node.lineno, node.lineno, set().union(*map(read, heads))))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)): found.append((node.lineno, node.end_lineno, read(node)))
+    return found
+
+
+def use(name: str, file: Path) -> tuple | None: # (code, line)
+    "The shortest statement of a file that uses the name."
+    found = [(first, last) for first, last, names in statements(file) if name in names]
+    if not found: return None
+    first, last = min(found, key=lambda f: (f[1] - f[0], f[0]))
+    return textwrap.dedent('\n'.join(file.read_text().splitlines()[first - 1:last])), first
 
 
 class Elided:
@@ -191,26 +218,13 @@ class Reference:
             for code, language, section in page.examples(name)[:1]:
                 return f'**Example** from [{page.title}](../{page_of(page.name)}.ipynb{f"#{section}" if section else ""})\n\n```{language}\n{code.rstrip()}\n```\n\n'
         for file in [*sorted((ROOT/'spherical_lfm').rglob('[a-z]*.py')), *sorted((ROOT/'scripts').glob('*.py')), *sorted((ROOT/'tests').glob('*.py'))]:
-            if use := self.use(name, file.read_text()):
-                code, line = use
+            if found := use(name, file):
+                code, line = found
                 where = file.relative_to(ROOT).as_posix()
                 place = source_link(where, f'#L{line}')
                 return f'**In use** in {place}\n\n```python\n{code}\n```\n\n'
         self.without_example.append(name)
         return ''
-
-    def use(self, name: str, text: str) -> tuple | None: # (code, line)
-        "The shortest statement of a file that uses the name; of a block, its first line."
-        def mentions(node): return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(node))
-        found, lines = [], text.splitlines()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.With, ast.For, ast.If)):
-                heads = [i.context_expr for i in node.items] if isinstance(node, ast.With) else [node.iter] if isinstance(node, ast.For) else [node.test]
-                if any(map(mentions, heads)): found.append((node.lineno, node.lineno))
-            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)) and mentions(node): found.append((node.lineno, node.end_lineno))
-        if not found: return None
-        first, last = min(found, key=lambda f: (f[1] - f[0], f[0]))
-        return textwrap.dedent('\n'.join(lines[first - 1:last])), first
 
     def source(self, obj) -> str:
         "Link to the lines on the repository."

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -355,9 +355,9 @@ def save_pretrained(self: Tokenizer,
         write_json(tmp/'tokenizer.json', record)
 
 # %% ../nbs/04_tokenizers.ipynb #c23015a1
-def digits_autoencoder() -> AutoencoderKL: # 16 latent channels, 4 pixels per token
+def digits_autoencoder() -> nn.Module: # 16 latent channels, 4 pixels per token
     "The untrained autoencoder of the `digits` tokenizer."
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
         sample_size=16, mid_block_add_attention=False)
@@ -398,7 +398,7 @@ def train_digits_tokenizer(
     images, _ = digits_images('train')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = digits_autoencoder().train()
+        model: Any = digits_autoencoder().train()
     g = torch.Generator().manual_seed(seed)
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)

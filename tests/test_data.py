@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from spherical_lfm.engine.weights import DATA
 from spherical_lfm.experiments import PRESETS, prepare_latents
 from spherical_lfm.fidelity import differences, evaluate
 from spherical_lfm.sphere import project
-from spherical_lfm.tokenizers import AutoencoderKL, load_tokenizer
+from spherical_lfm.tokenizers import load_tokenizer
 from spherical_lfm.tools.studies import PACES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +166,7 @@ def test_a_cache_of_other_images_is_not_reused(tmp_path):
 
 
 def test_a_comparison_wants_standardised_latents(tmp_path):
-    AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, norm_num_groups=4, latent_channels=4, scaling_factor=1.).save_pretrained(tmp_path/'vae')
+    diffusers.AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, norm_num_groups=4, latent_channels=4, scaling_factor=1.).save_pretrained(tmp_path/'vae')
     with pytest.raises(ValueError, match='run slfm_finetune'): prepare_latents(replace(PRESETS['digits'], tokenizer=str(tmp_path/'vae')), ImageSource('digits'), tmp_path/'cache')
 
 
@@ -242,7 +243,7 @@ def test_digit_features_know_held_out_digits():
 
 
 def test_tokenizer_of_any_diffusers_class(tmp_path):
-    AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, norm_num_groups=4,
+    diffusers.AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, norm_num_groups=4,
                   latent_channels=4, scaling_factor=.3, shift_factor=.1).save_pretrained(tmp_path/'vae')
     t = load_tokenizer(tmp_path/'vae', spherical=True)
     z = t.encode(torch.rand(2, 3, 8, 12)*2 - 1)

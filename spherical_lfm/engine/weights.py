@@ -13,6 +13,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -20,10 +21,9 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -77,6 +77,17 @@ def _blocks(w: int, count: int, pooled: bool = False) -> list[nn.Module]:
     "Residual blocks in a row."
     return [_TAEBlock(w, pooled) for _ in range(count)]
 
+# %% ../../nbs/engine/weights.ipynb #b6f4b641
+@dataclass
+class _Latents(BaseOutput):
+    "What `encode` returns, as diffusers' tiny autoencoder does."
+    latents: Tensor
+
+@dataclass
+class _Images(BaseOutput):
+    "What `decode` returns, as diffusers' autoencoders do."
+    sample: Tensor
+
 # %% ../../nbs/engine/weights.ipynb #857470cc
 class AutoencoderTAEF2(ModelMixin, ConfigMixin):
     "Tiny autoencoder for FLUX.2 latents (TAESD family): images [B, 3, H, W] in [-1, 1], latents [B, 32, H/8, W/8]."
@@ -94,16 +105,16 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
     @apply_forward_hook # what offloads a model moves it before this, too
     def encode(self,
         images: Tensor # [B, 3, H, W] in [-1, 1]
-    ) -> AutoencoderTinyOutput: # .latents [B, 32, H/8, W/8]
+    ) -> _Latents: # .latents [B, 32, H/8, W/8]
         "Images to latents."
-        return AutoencoderTinyOutput(latents=self.encoder(images/2 + .5))
+        return _Latents(latents=self.encoder(images/2 + .5))
 
     @apply_forward_hook
     def decode(self,
         latents: Tensor # [B, 32, h, w]
-    ) -> DecoderOutput: # .sample [B, 3, 8h, 8w] in about [-1, 1]
+    ) -> _Images: # .sample [B, 3, 8h, 8w] in about [-1, 1]
         "Latents to images."
-        return DecoderOutput(sample=self.decoder(latents)*2 - 1)
+        return _Images(sample=self.decoder(latents)*2 - 1)
 
     def forward(self,
         images: Tensor # [B, 3, H, W] in [-1, 1]
@@ -384,7 +395,7 @@ def load_taesd(place: str | Path, name: str) -> tuple[nn.Module, dict]:
     if name == 'taef2':
         model, state = AutoencoderTAEF2(), {f'encoder.{k}': v for k, v in encoder.items()}
         return _fitting(model, state | {f'decoder.{k}': v for k, v in decoder.items()}, place), {}
-    model = AutoencoderTiny(latent_channels=_TAESD_CHANNELS[name])
+    model = diffusers.AutoencoderTiny(latent_channels=_TAESD_CHANNELS[name])
     state = {f'encoder.layers.{k}': v for k, v in encoder.items()}
     return _fitting(model, state | {f'decoder.layers.{_one_lower(k)}': v for k, v in decoder.items()}, place), {}
 
@@ -398,7 +409,7 @@ def load_vavae(place: str | Path) -> tuple[nn.Module, dict]:
     "VA-VAE from its latent-diffusion checkpoint, and its statistics."
     weights, stats = _files(place, 'vavae')
     state, moments = find_state(open_tensors(weights), 'encoder.conv_in.weight'), open_tensors(stats)
-    model = _fitting(AutoencoderKL(**VAVAE_CONFIG), convert_ldm_autoencoder(state), weights)
+    model = _fitting(diffusers.AutoencoderKL(**VAVAE_CONFIG), convert_ldm_autoencoder(state), weights)
     if not {'mean', 'std'} <= moments.keys():
         raise ValueError(f'{stats} holds no mean and std: fetch {_FILES["vavae"][1]} again')
     return model, {k: moments[k].flatten().tolist() for k in ('mean', 'std')}
@@ -423,7 +434,7 @@ def _read_config(folder: str | Path, where: str, options: dict) -> dict:
     file = Path(where)/'config.json'
     if file.exists(): read_json(file, 'config of an autoencoder', 'fetch or save the folder again')
     try:
-        return AutoencoderKL.load_config(folder, **options)
+        return diffusers.AutoencoderKL.load_config(folder, **options)
     except OSError as e:
         raise _no_autoencoder(where, folder, e) from e
 

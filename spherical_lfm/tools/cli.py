@@ -55,7 +55,6 @@ from ..training import TrainConfig, Trainer
 from spherical_lfm.tools.bench import (
     _flat, bench_fidelity, bench_loader, bench_paths, bench_sample, bench_tokenizer, bench_train,
 )
-from .pipeline import SphericalSiTPipeline
 from .plan import H100, known_data, plan_comparison, plan_table, this_machine
 from spherical_lfm.tools.studies import (
     Analysis, Probing, analyze_study, check_finetune, finetune_study, paper_geometry, probe_lines, probe_study,
@@ -371,6 +370,7 @@ def slfm_demo(
     """
     chosen = _arms(arms)
     workers = 1 if torch.cuda.is_available() else min(len(chosen), torch.get_num_threads())
+    from spherical_lfm.tools.pipeline import SphericalSiTPipeline # takes seconds, and no other command needs it
     report = compare('digits', chosen, out, 'digits', seed, workers=workers)
     if not report: return # another process writes it
     for arm in chosen:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import psutil
 import timm
 import torch
@@ -92,17 +93,21 @@ _EIGHTFOLD: dict[str, Any] = dict(
     down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
     block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 
+def _untrained(name: str, **config) -> nn.Module:
+    "An autoencoder of diffusers, which takes seconds to import: only when one is asked for."
+    return getattr(diffusers, name)(**config)
+
 #: Untrained autoencoders by the names of their tokenizers.
 _AUTOENCODERS: dict[str, Callable] = {
     'digits': digits_autoencoder,
     'digits-control': digits_autoencoder,
-    'sd': partial(AutoencoderKL, **_EIGHTFOLD, latent_channels=4),
-    'repae-flux1': partial(AutoencoderKL, **_EIGHTFOLD, latent_channels=16,
+    'sd': partial(_untrained, 'AutoencoderKL', **_EIGHTFOLD, latent_channels=4),
+    'repae-flux1': partial(_untrained, 'AutoencoderKL', **_EIGHTFOLD, latent_channels=16,
                            use_quant_conv=False, use_post_quant_conv=False),
-    'flux2': AutoencoderKLFlux2,
-    'flux2-packed': AutoencoderKLFlux2,
-    'vavae': partial(AutoencoderKL, **VAVAE_CONFIG),
-    **{name: partial(AutoencoderTiny, latent_channels=c) for name, c in _TAESD_CHANNELS.items()},
+    'flux2': partial(_untrained, 'AutoencoderKLFlux2'),
+    'flux2-packed': partial(_untrained, 'AutoencoderKLFlux2'),
+    'vavae': partial(_untrained, 'AutoencoderKL', **VAVAE_CONFIG),
+    **{name: partial(_untrained, 'AutoencoderTiny', latent_channels=c) for name, c in _TAESD_CHANNELS.items()},
     'taef2': AutoencoderTAEF2,
 }
 
