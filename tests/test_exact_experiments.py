@@ -237,6 +237,16 @@ def test_geometry_by_hand():
     for k, v in found['report']['swap'].items(): assert v == pytest.approx(found['swaps'][k]['pixel'].mean().item())
 
 
+def test_of_many_images_256_pairs_are_swapped():
+    "Of all classes, though images are sorted: decoding is what a report waits for."
+    images, labels = digits_images('train')
+    order = labels.argsort(stable=True)[:900]
+    found = ex.geometry(load_tokenizer('digits'), images[order], labels[order])
+    anchors, partner = found['pairs']
+    assert len(anchors) == len(found['swaps']['full']['pixel']) == 225 and len(found['latents']) == 900
+    assert torch.equal(labels[order][anchors].unique(), labels[order].unique()) and (labels[order][anchors] == labels[order][partner]).all()
+
+
 def test_a_finetuning_study_swaps_decoders_not_tokens(monkeypatch, tmp_path):
     "Decoders that multiply by 0.9 (spherical) and 0.8 (control), told apart by what they make of both kinds of tokens."
     images = noise(12, 3, 16, 16, scale=.4).clamp(-1, 1)
