@@ -9,7 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['spherical_lfm.tools.cli', 'nbdev.test', 'matplotlib.pyplot', 'seaborn', 'forked'])
+SERVER.set_forkserver_preload(['spherical_lfm.tools.cli', 'spherical_lfm.tools.pipeline', 'diffusers.models.autoencoders.autoencoder_kl',
+                               'sklearn.datasets', 'matplotlib.pyplot', 'seaborn', 'nbdev.test', 'forked'])
 os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get('PYTHONPATH')])])  # or the server finds no module of the tests
 os.environ.setdefault('MPLBACKEND', 'agg')  # read when the server imports matplotlib
 

@@ -84,6 +84,22 @@ def test_options_of_sampling(place, monkeypatch, tmp_path):
     assert given['sampler'] == Sampler(50, 'euler', 1., (0., 1.), None, 1., 1e-2, 'float32', 0)
 
 
+@pytest.mark.parametrize('given, steps', [([], 250), (['--method', 'heun'], 250), (['--method', 'flow_map'], 4), (['--method', 'flow_map', '--steps', '9'], 9)])
+def test_steps_that_nobody_named(place, monkeypatch, tmp_path, given, steps):
+    "A flow map takes few, whatever other methods take: an evaluation's usual 250 are shorter than any it has learned."
+    recorder = Recorder(monkeypatch, cli, '_open_run', stop)
+    with pytest.raises(Stop): cli.slfm_evaluate([place.run, 'digits', *given])
+    assert recorder.calls[0]['sampler'].steps == steps
+    recorder = Recorder(monkeypatch, cli, '_claim_samples', stop)
+    monkeypatch.setattr(cli, 'sample', lambda *_: None)  # this run has no flow map
+    with pytest.raises(Stop): cli.slfm_sample([place.run, str(tmp_path/'out'), *given])
+    assert recorder.calls[0]['plan']['steps'] == (50 if steps == 250 else steps)
+    chosen = [w.replace('--', '--sample_') for w in given]
+    recorder = Recorder(monkeypatch, cli, 'compare', stop)
+    with pytest.raises(Stop): cli.slfm_compare(['flux2-b2', '--tokenizer', 'digits', *chosen])
+    assert recorder.calls[0]['preset'].sampler.steps == steps
+
+
 def test_samples_on_disk_are_those_of_the_run(place, tmp_path):
     from torchvision.io import read_image
 

@@ -299,7 +299,7 @@ class _Changes:
     samples: int = 0          # samples for the final metrics
     curve_samples: int = 0    # samples for every point of the curve
     guidances: str = ''       # comma-separated scales of classifier-free guidance; 1 is none
-    sample_steps: int = 0     # solver steps
+    sample_steps: int = 0     # solver steps; left out, those of the preset, or 4 of a flow map
     sample_method: str = ''   # euler, heun, rk4, adams2, adams3 or adaptive; flow_map for runs that learn one
     sample_precision: str = ''# float32 or bf16, of sampling, encoding and decoding
 
@@ -307,6 +307,7 @@ class _Changes:
         "The preset with these changes, and others of its training."
         given = {k: v for k, v in vars(self).items() if v}
         drawn = {k.removeprefix('sample_'): given.pop(k) for k in list(given) if k.startswith('sample_')}
+        if self.sample_method == 'flow_map': drawn.setdefault('steps', 4)
         if self.guidances: given['guidances'] = _numbers('guidances', self.guidances)
         return replace(preset, **given, train=preset.train | train, sampler=replace(preset.sampler, **drawn))
 
@@ -685,7 +686,6 @@ def _changing(
 _DRAWING = Sampler, _changing, _Checkpoint
 #: Help where the comment of a field is not enough for a shell.
 _SAMPLER_HELP = dict(
-    steps='solver steps',
     method='euler, heun, rk4, adams2, adams3 or adaptive; flow_map for a run that learned one',
     guidance='classifier-free guidance; 1 is none',
     shift='more than 1 takes smaller steps near the noise',
@@ -693,9 +693,11 @@ _SAMPLER_HELP = dict(
     precision='float32 or bf16',
 )
 
-def _sampler(options: dict) -> Sampler:
-    "The sampler that options ask for."
-    return Sampler(**_chosen(Sampler, options), **_changing(**_chosen(_changing, options)))
+def _sampler(options: dict, usual: int) -> Sampler:
+    "The sampler that options ask for, with the usual number of steps if they name none; a flow map takes four."
+    given = _chosen(Sampler, options)
+    given.setdefault('steps', 4 if given['method'] == 'flow_map' else usual)
+    return Sampler(**given, **_changing(**_chosen(_changing, options)))
 
 # %% ../../nbs/tools/cli.ipynb #2075b776
 @command
@@ -706,13 +708,15 @@ def slfm_sample(
     count: int = 40,  # images
     label: int = -1,  # class of all images; -1 goes through the classes in turn
     npz: bool = False,# write OUT.npz in ADM's layout in place of PNG files
+    steps: int | None = None, # solver steps; left out, 50, or 4 of a flow map
     **options         # how they are drawn, and from what
 ):
     """Sample images from a trained run: PNG files in one folder per class (or one .npz), and an overview beside it.
 
     Also under `accelerate launch`. Interrupted, it goes on with the files that are missing when the line is repeated.
     """
-    sampler, what = _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options))
+    sampler = _sampler(options | {'steps': steps}, 50)
+    what = _Checkpoint(**_chosen(_Checkpoint, options))
     loaded = what.load(run)
     record, tok = loaded.record, tokenizer_for(loaded.record, what.tokenizer or None, default_device())
     y = torch.full((count,), label) if label >= 0 else torch.arange(count) % record['classes']
@@ -736,7 +740,7 @@ class _Scoring:
     mixture: str = 'auto'
     count: int = 50_000        # samples
     save: str = 'none'         # none, png or npz keep the images as well, in RUN/features
-    steps: int = 250           # solver steps
+    steps: int | None = None   # solver steps; left out, 250, or 4 of a flow map
 
     def __post_init__(self):
         check_save(self.save)
@@ -757,7 +761,7 @@ def _asked_for(run: tuple, options: dict, reference: ImageSource | None) -> tupl
 def _draw_run(run: str, opened: tuple, options: dict, asked: tuple, extractor: str) -> tuple: # features, what was set
     "Features of samples that are drawn now, and how they were."
     (loaded, tokenizer), (how, labels, mixture) = opened, asked
-    sampler, weights = _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options)).weights
+    sampler, weights = _sampler(options, 250), _Checkpoint(**_chosen(_Checkpoint, options)).weights
     drawn = generate(Path(run)/'features'/'evaluate', loaded, tokenizer, labels, extractor, sampler, how.save)
     setting = {'checkpoint': loaded.record['step'], 'weights': weights, 'mixture': mixture}
     return drawn, sampler.settings | setting
@@ -845,7 +849,8 @@ def slfm_evaluate(
     for file in filter(None, (out, save_reference_to)):
         claim_file(file)
     earlier = _earlier(against) if against else {}
-    columns, sampler, what = _chosen(_images, options), _sampler(options), _Checkpoint(**_chosen(_Checkpoint, options))
+    columns, sampler = _chosen(_images, options), _sampler(options, 250)
+    what = _Checkpoint(**_chosen(_Checkpoint, options))
     run = _open_run(samples, what, sampler) if told_by_main((Path(samples)/'checkpoints').is_dir()) else None
     side = _common_side(samples, run, reference, size, columns)
     given = None if run else _opened(samples, side)
