@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT/'nbs').rglob('[!.]*.ipynb'))
 
 
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.stem) and p.stem != '00_method' or p.parent.name in ('engine', 'tools')]
-PLAIN = ['index', '03_paths', 'map']  # run by plain Jupyter as well
+PLAIN = ['index', '03_paths']  # run by plain Jupyter as well
 PLACE = 'spherical-lfm/spherical_lfm'
 
 
