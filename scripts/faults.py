@@ -560,6 +560,9 @@ FIDELITY = faults(
 
 EXPERIMENTS = faults(
     'experiments',
+    ('a report swaps the components of the first images only', 'pairs = anchors[::every], partner[::every]',
+     'pairs = anchors[:256], partner[:256]',
+     'a report is about all classes', 'exact_experiments::test_of_many_images_256_pairs_are_swapped'),
     ('what cannot be trained is encoded first', '    _check_preset(preset, arms)\n', '',
      'hours are not lost', 'reference::test_what_would_fail_late_is_refused_before_an_image_is_encoded[change0-lr must be]'),
     ('a file of statistics is not looked at', '    if preset.reference:\n', '    if False:\n',
@@ -849,6 +852,9 @@ WEIGHTS = faults(
 
 CLI = faults(
     'tools.cli',
+    ('a flow map is evaluated at the 250 steps of other methods',
+     "given.setdefault('steps', 4 if given['method'] == 'flow_map' else usual)", "given.setdefault('steps', usual)",
+     'a flow map needs few steps', 'exact_cli::test_steps_that_nobody_named'),
     ('slfm_train has no option for the warm-up', "leave_out=('betas',), unset=True", "leave_out=('betas', 'warmup'), unset=True",
      'options reach what they set', 'exact_cli::test_options_of_training'),
     ('slfm_train ignores switches', 'if value is not None and value is not False:',
