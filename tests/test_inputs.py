@@ -410,9 +410,11 @@ def test_help(name, capsys):
 
 @pytest.mark.parametrize('name', ['slfm_evaluate', 'slfm_train'])
 def test_help_on_a_terminal_without_unicode(name):
-    code = f'import sys; from spherical_lfm.tools import cli; cli.{name}(["--help"])'
+    code = f'import atexit, sys; atexit.register(lambda: sys.stderr.write(" ".join(sys.modules))); from spherical_lfm.tools import cli; cli.{name}(["--help"])'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'}, timeout=120)
     assert result.returncode == 0 and result.stdout.isascii() and b'usage' in result.stdout, result.stderr[-500:]
+    late = {b'diffusers.models.autoencoders.vae', b'diffusers.pipelines.pipeline_utils', b'sklearn', b'matplotlib', b'datasets', b'lpips'}
+    assert not late & set(result.stderr.split()), 'seconds that nobody who asks for help wants to wait'
 
 
 def test_own_warnings_are_lines_and_those_of_libraries_are_silent(capsys, caplog):
