@@ -43,7 +43,7 @@ from spherical_lfm.training import Trainer
 
 ARMS = ('vanilla-linear', 'spherical-slerp')
 #: Where the comparison is cut off, in this order, and what is on disk then.
-STOPS = {'encode': 'latents', 'train': 'checkpoints', 'sample': 'features'}
+STOPS = {'encode': 'latents', 'train': 'saved', 'sample': 'features'}
 #: Phases of a comparison and the calls they consist of; of nested ones the outer counts.
 PHASES = (
     ('encode', experiments, 'prepare_latents'), ('reference', experiments, 'prepare_reference'),
@@ -222,9 +222,10 @@ def start(args, run: Path, name: str, count: int, env: dict) -> int:
 
 def remains(made: Path) -> dict:
     "What of a comparison is on disk."
+    kept = {arm: [str(f.relative_to(made)) for f in checkpoints(made/arm)] for arm in ARMS}
     return {
         'latents': {f.name: f.stat().st_mtime_ns for f in made.glob('latents/*.safetensors')},
-        'checkpoints': [str(f.relative_to(made)) for arm in ARMS for f in checkpoints(made/arm)],
+        'checkpoints': sum(kept.values(), []), 'saved': kept[ARMS[1]], # of the arm that the signal met
         'features': len([*made.glob('*/features/*/features-*.safetensors')]),
     }
 
@@ -368,7 +369,7 @@ def main():
         rehearse(args)
         return
     if args.processes < 2: sys.exit('one process has none to lose: give --processes 2 or more')
-    if args.steps <= 10: sys.exit('processes agree to stop every ten steps: give --steps 11 or more')
+    if args.steps <= 10: sys.exit('processes agree to stop at every tenth step at the latest: give --steps 11 or more')
     if (args.out/'interrupted').exists(): sys.exit(f'{args.out} holds a dry run: choose another folder')
     env = material(args)
     left = interrupted(args, env)

@@ -813,6 +813,8 @@ PROCESSES = faults(
 
 RUNS = faults(
     'engine.runs',
+    ('processes agree to stop every ten steps, however slow', 'if self.step % self._gap: return False', 'if self.step % 10: return False',
+     'a signal saves in time', 'launch::test_a_signal_is_heard_within_two_seconds_or_a_step[30.0-3]'),
     ('settings younger than a checkpoint count as changed', "then = {**vars(type(self.config)), **saved['config']}", "then = {**saved['config']}",
      'a run goes on', 'exact_prediction::test_a_run_goes_on_as_what_it_was'),
     ('the first step is waited for', 'if self.step > self._first: return', 'return',

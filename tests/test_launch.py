@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from spherical_lfm.decoder import DecoderTrainer, FinetuneConfig
 from spherical_lfm.engine import processes as engine
+from spherical_lfm.engine import runs
 from spherical_lfm.engine.images import ImageSource, digits_images
 from spherical_lfm.engine.latents import Encoding, LatentDataset, WindowOrder, encode_latents
 from spherical_lfm.engine.processes import fail_together, gathered, peers_alive, processes
@@ -239,6 +241,29 @@ def test_signals_to_torchrun_save_and_leave_nobody_behind(latents, tmp_path, sta
     for s, run in runs.items():
         assert len(checkpoints(run)) == 1 and 'stopped by a signal and saved' in out[s], out[s]
         assert json.loads((checkpoints(run)[0]/'state.json').read_text())['step'] == lines(run)
+
+
+def _told_in_step_two(env: dict, latents: Path, out: Path, seconds: float):
+    "One of two processes. By the clock of the first a step takes so many seconds, by that of the second hardly any; the second hears of a signal."
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    rank = int(env['RANK'])
+    trainer = Trainer(TrainConfig(steps=20, **CONFIG), LatentDataset(latents, project=project), out)
+    runs.time = SimpleNamespace(perf_counter=lambda: (1e-6 if rank else seconds)*trainer.step)
+    train = trainer.train_step
+    def step():
+        if rank and trainer.step == 2: trainer._stop_soon()
+        return train()
+    trainer.train_step = step
+    Path(f'{out}-{rank}').write_text(str(trainer.fit(progress=False)['step']))
+
+
+@pytest.mark.parametrize('seconds, stop', [(30., 3), (1., 4), (.4, 5), (.01, 10)])
+def test_a_signal_is_heard_within_two_seconds_or_a_step(latents, tmp_path, seconds, stop):
+    "Launchers kill 30 seconds after they have passed it on, which ten slow steps take longer than."
+    both(_told_in_step_two, latents, tmp_path/'run', seconds)
+    assert [(tmp_path/f'run-{r}').read_text() for r in (0, 1)] == [str(stop)]*2
+    assert checkpoints(tmp_path/'run')[-1].name == f'step-{stop:08d}'
 
 
 SRUN = """#!/usr/bin/env bash

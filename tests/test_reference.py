@@ -1,4 +1,5 @@
 """Statistics of real images at ImageNet's size, presets as files, and who decides what is kept."""
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,7 +119,8 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_does_not_grow_with_the_reference(tmp_path):
     "40,960 features of EfficientNet are 210 MB, 420 in double precision; a shard of them is 10."
-    found = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path/'r')], capture_output=True, text=True, timeout=300)
+    env = os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536'} # large blocks go back at once: what the allocator keeps differs by 100 MB from run to run
+    found = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path/'r')], capture_output=True, text=True, timeout=300, env=env)
     assert found.returncode == 0, found.stderr[-2000:]
     assert int(found.stdout) < 60
 

@@ -366,6 +366,8 @@ class ResumableRun:
     _bad: Tensor
     _since: _Interval
     _first: int
+    _gap: int
+    _agreed: list[tuple[int, float]]
     _loop: Callable[..., dict]
     _report: Callable[..., dict]
     _start: Callable[..., None]
@@ -407,6 +409,7 @@ def _loop(self: ResumableRun, until: int | None, progress: bool) -> dict:
     c, end = self.config, min(until or self.config.steps, self.config.steps)
     self._bad = torch.full((1,), -1., device=self.accelerator.device)
     self._since, self._first = _Interval(time.perf_counter()), self.step
+    self._gap, self._agreed = 1, []
     show = progress and self.accelerator.is_main_process
     bar = tqdm(initial=self.step, total=c.steps, desc=self.name, disable=not show)
     with _on_signals(self._stop_soon), _trackers(self.accelerator), closing(bar):
@@ -486,10 +489,20 @@ def _stop_soon(self: ResumableRun):
 
 @patch
 def _should_stop(self: ResumableRun) -> bool:
-    "Whether a signal came to any process."
+    "Whether a signal came to any process: they agree now and then, after a number of steps that the main one sets."
     if self.accelerator.num_processes == 1: return self._stop
-    if self.step % 10: return False # agree every ten steps: asking each step would wait for the device
-    return bool(self.accelerator.reduce(torch.tensor(float(self._stop), device=self.accelerator.device)).item())
+    if self.step % self._gap: return False
+    gap = _steps_to_agree(self._agreed) if self.accelerator.is_main_process else 0
+    told = self.accelerator.reduce(torch.tensor([float(self._stop), float(gap)], device=self.accelerator.device))
+    stopped, self._gap = map(int, told.tolist()) # a device that lagged behind has caught up here
+    self._agreed = [*self._agreed[-1:], (self.step, time.perf_counter())]
+    return bool(stopped)
+
+def _steps_to_agree(agreed: list) -> int:
+    "How many steps make two seconds, of those that divide ten; by the last two agreements, each a step and a time."
+    if len(agreed) < 2: return 1
+    (first, began), (last, ended) = agreed
+    return next(k for k in (10, 5, 2, 1) if k == 1 or k*(ended - began) <= 2*(last - first))
 
 # %% ../../nbs/engine/runs.ipynb #df882e9c
 @patch
