@@ -560,6 +560,8 @@ FIDELITY = faults(
 
 EXPERIMENTS = faults(
     'experiments',
+    ('four samples are too few after an arm was trained', 'check_range(FEWEST, samples=preset.samples, curve_samples=preset.curve_samples)', 'pass',
+     'hours are not lost', 'reference::test_what_would_fail_late_is_refused_before_an_image_is_encoded[change6-samples must be at least 10, got 9]'),
     ('a report swaps the components of the first images only', 'pairs = anchors[::every], partner[::every]',
      'pairs = anchors[:256], partner[:256]',
      'a report is about all classes', 'exact_experiments::test_of_many_images_256_pairs_are_swapped'),
@@ -854,9 +856,10 @@ WEIGHTS = faults(
 
 CLI = faults(
     'tools.cli',
-    ('a flow map is evaluated at the 250 steps of other methods',
-     "given.setdefault('steps', 4 if given['method'] == 'flow_map' else usual)", "given.setdefault('steps', usual)",
+    ('a flow map is evaluated at the 250 steps of other methods', "given.setdefault('steps', usual_steps(given['method'], usual))", "given.setdefault('steps', usual)",
      'a flow map needs few steps', 'exact_cli::test_steps_that_nobody_named'),
+    ('four samples are drawn before they are too few', 'check_range(FEWEST, count=self.count)', 'pass',
+     'hours are not lost', 'exact_cli::test_too_few_samples_are_not_drawn'),
     ('slfm_train has no option for the warm-up', "leave_out=('betas',), unset=True", "leave_out=('betas', 'warmup'), unset=True",
      'options reach what they set', 'exact_cli::test_options_of_training'),
     ('slfm_train ignores switches', 'if value is not None and value is not False:',

@@ -25,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .engine.checks import check_range
 from .engine.features import all_parts, distance_key, distance_of, distance_title
 from spherical_lfm.engine.files import (
     YAML_MARK, atomic_write, claim, claim_file, digest_of, file_digest, read_json, write_json,
@@ -37,7 +38,7 @@ from .engine.report import environment
 from .engine.runs import checkpoints
 from .concentration import norm_stats, path_norms
 from spherical_lfm.fidelity import (
-    METRICS, Pieces, generate, load_reference, measure_reference, protocol_of, remove_features, score_features,
+    FEWEST, METRICS, Pieces, generate, load_reference, measure_reference, protocol_of, remove_features, score_features,
 )
 from .paths import ARMS, arm_path
 from .probes import find_partners, probe_swaps, swap_strip
@@ -492,6 +493,7 @@ def _check_preset(preset: Preset, arms: tuple):
         SiT.from_name(TrainConfig(**preset.train).model, input_size=16, in_channels=1, num_classes=1)
     Encoding(dtype=preset.dtype, precision=preset.sampler.precision)
     all_parts(preset.extractor)
+    check_range(FEWEST, samples=preset.samples, curve_samples=preset.curve_samples)
 
 # %% ../nbs/12_experiments.ipynb #d54d3dbc
 def compare(

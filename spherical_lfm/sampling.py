@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SHORTEST', 'initial_noise', 'euler', 'Solver', 'mean_step', 'solver', 'trajectory', 'check_guidance',
-           'Sampler', 'guided_velocity', 'check_classes', 'latent_shape', 'velocity_field', 'sample', 'LoadedRun',
-           'load_run', 'tokenizer_for']
+           'Sampler', 'usual_steps', 'guided_velocity', 'check_classes', 'latent_shape', 'velocity_field', 'sample',
+           'LoadedRun', 'load_run', 'tokenizer_for']
 
 # %% ../nbs/09_sampling.ipynb #8a1a0df8
 import importlib
@@ -167,6 +167,14 @@ class Sampler:
     def settings(self) -> dict:
         "All fields as JSON gives them back."
         return asdict(self) | {'interval': list(self.interval), 'speed': list(self.speed)}
+
+# %% ../nbs/09_sampling.ipynb #4de314dd
+def usual_steps(
+    method: str,     # as for `Sampler`
+    other: int = 50  # of every method but the flow map
+) -> int: # steps
+    "Solver steps where nobody has asked for a number."
+    return 4 if method == 'flow_map' else other
 
 # %% ../nbs/09_sampling.ipynb #efd7f346
 def _with_and_without(model: Callable, away: int, z: Tensor, times: Tensor, y: Tensor, *end: Tensor) -> tuple:

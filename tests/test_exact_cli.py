@@ -150,6 +150,11 @@ def test_options_of_scoring_a_run(place, monkeypatch, tmp_path):
     assert given['tokenizer'].identity == load_tokenizer('digits', spherical=True).identity
 
 
+def test_too_few_samples_are_not_drawn(place, monkeypatch):
+    Recorder(monkeypatch, cli, 'generate', lambda _: pytest.fail('samples were drawn'))
+    with pytest.raises(SystemExit, match='count must be at least 10, got 9'): cli.slfm_evaluate([place.run, 'digits', '--extractor', 'digits', '--count', '9'])
+
+
 def test_options_of_a_comparison(monkeypatch, tmp_path):
     recorder = Recorder(monkeypatch, cli, 'compare', stop)
     options = dict(images='digits', split='test', arms='vanilla-shell,spherical-linear', out=str(tmp_path/'out'),

@@ -35,7 +35,7 @@ def plain_jupyter(name: str):
 def runs():
     "All notebooks, two at a time, unless another worker has the other core: each runs on one thread."
     with ThreadPoolExecutor(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2) as pool:
-        yield {**{p: pool.submit(lambda p: Command('nbdev_test', p).wait(900), p) for p in NOTEBOOKS}, **{n: pool.submit(plain_jupyter, n) for n in PLAIN}}
+        yield {**{p: pool.submit(lambda p: Command('nbdev_test', p, OMP_NUM_THREADS='1').wait(900), p) for p in NOTEBOOKS}, **{n: pool.submit(plain_jupyter, n) for n in PLAIN}}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)

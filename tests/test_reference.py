@@ -171,6 +171,7 @@ def test_a_preset_with_a_mistake(tmp_path, text, message):
 @pytest.mark.parametrize('change,message', [
     (dict(train={'lr': -1.}), 'lr must be'), (dict(train={'model': 'SiT-Q/2'}), 'SiT-Q/2'), (dict(train={'jacobi': True}), 'the Jacobi weight belongs to slerp'),
     (dict(dtype='fp16'), 'dtype must be float32 or bf16'), (dict(extractor='clip'), 'unknown extractor'), (dict(reference='none.npz'), 'no .npz file at none.npz'),
+    (dict(samples=9), 'samples must be at least 10, got 9'), (dict(curve_samples=4), 'curve_samples must be at least 10'),
 ])
 def test_what_would_fail_late_is_refused_before_an_image_is_encoded(tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(ex, 'prepare_latents', lambda *_: pytest.fail('images were encoded'))

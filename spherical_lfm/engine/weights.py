@@ -79,7 +79,7 @@ def _blocks(w: int, count: int, pooled: bool = False) -> list[nn.Module]:
 
 # %% ../../nbs/engine/weights.ipynb #b6f4b641
 @dataclass
-class _Latents(BaseOutput):
+class _Latents(BaseOutput): # diffusers has such classes, behind imports that take seconds
     "What `encode` returns, as diffusers' tiny autoencoder does."
     latents: Tensor
 

@@ -44,12 +44,12 @@ from ..engine.runs import dtype_of, newest_checkpoint
 from ..decoder import FinetuneConfig
 from ..experiments import PRESETS, Preset, compare, decoder_name, get_preset
 from spherical_lfm.fidelity import (
-    _draw_numbered, check_save, differences, generate, is_npz, load_reference, measure_reference, mixture_of, one_side,
-    protocol_of, save_npz, save_reference, score_features, side_of, source_batches,
+    FEWEST, _draw_numbered, check_save, differences, generate, is_npz, load_reference, measure_reference, mixture_of,
+    one_side, protocol_of, save_npz, save_reference, score_features, side_of, source_batches,
 )
 from ..paths import ARMS, arm_path
 from ..probes import find_partners
-from ..sampling import LoadedRun, Sampler, load_run, sample, tokenizer_for
+from ..sampling import LoadedRun, Sampler, load_run, sample, tokenizer_for, usual_steps
 from ..tokenizers import load_tokenizer, wants_statistics
 from ..training import TrainConfig, Trainer
 from spherical_lfm.tools.bench import (
@@ -307,7 +307,7 @@ class _Changes:
         "The preset with these changes, and others of its training."
         given = {k: v for k, v in vars(self).items() if v}
         drawn = {k.removeprefix('sample_'): given.pop(k) for k in list(given) if k.startswith('sample_')}
-        if self.sample_method == 'flow_map': drawn.setdefault('steps', 4)
+        if self.sample_method: drawn.setdefault('steps', usual_steps(self.sample_method, preset.sampler.steps))
         if self.guidances: given['guidances'] = _numbers('guidances', self.guidances)
         return replace(preset, **given, train=preset.train | train, sampler=replace(preset.sampler, **drawn))
 
@@ -694,9 +694,9 @@ _SAMPLER_HELP = dict(
 )
 
 def _sampler(options: dict, usual: int) -> Sampler:
-    "The sampler that options ask for, with the usual number of steps if they name none; a flow map takes four."
+    "The sampler that options ask for, with the usual number of steps if they name none."
     given = _chosen(Sampler, options)
-    given.setdefault('steps', 4 if given['method'] == 'flow_map' else usual)
+    given.setdefault('steps', usual_steps(given['method'], usual))
     return Sampler(**given, **_changing(**_chosen(_changing, options)))
 
 # %% ../../nbs/tools/cli.ipynb #2075b776
@@ -744,6 +744,7 @@ class _Scoring:
 
     def __post_init__(self):
         check_save(self.save)
+        check_range(FEWEST, count=self.count)
 
 # %% ../../nbs/tools/cli.ipynb #4857ff26
 def _open_run(run: str, what: _Checkpoint, sampler: Sampler) -> tuple[LoadedRun, Any]: # with its tokenizer

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ..engine.checks import check_range, check_tokens, lift
 from ..paths import FlowPath, arm_path
-from spherical_lfm.sampling import (
+from ..sampling import (
     Sampler, _method_of_step, _path_settings, _step_times, check_classes, guided_velocity, latent_shape, load_run,
-    tokenizer_for)
+    tokenizer_for, usual_steps)
 from ..sit import SiT
 from ..tokenizers import LatentTransform, Tokenizer
 from ..solvers import METHODS
@@ -282,7 +282,7 @@ def __call__(self: SphericalSiTPipeline,
     check_classes(y, net.config.num_classes, negative_class)
     method, shift = self.scheduler.config.method, self.scheduler.config.shift
     mapped = method == 'flow_map'
-    steps = num_inference_steps if num_inference_steps is not None else 4 if mapped else 50
+    steps = num_inference_steps if num_inference_steps is not None else usual_steps(method)
     self.scheduler.set_timesteps(steps)
     sampler = Sampler(steps, method, guidance_scale, guidance_interval, negative_class, shift)
     field = partial(guided_velocity, net, path, y=y.to(device), sampler=sampler, null_class=net.config.num_classes)
